@@ -1,0 +1,239 @@
+"""Every key of a run, its type, its default and its meaning; defaults live here and nowhere else.
+
+Only pydantic is imported, so that a command can check its configuration in a fraction of a second.
+How YAML text and `key=value` words become a `Config` stands in `decode.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown keys are errors and no value changes its type silently."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which model is tuned, and how it is computed."""
+
+    path: str = Field(description="Hugging Face folder (local, gs://, s3://) or hub id")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub id")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random draws the weights from the seed; the folder then needs no safetensors"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of the computation; auto is bfloat16 on TPU and GPU, float32 on CPU"
+    )
+    param_dtype: Literal["auto", "file", "float32", "bfloat16"] = Field(
+        "auto",
+        description="dtype that weights are held in; auto is float32 for trained weights and `dtype` for frozen ones; "
+        "file keeps each tensor's own",
+    )
+    attention: Literal["auto", "xla", "splash", "tokamax"] = Field("auto", description="attention kernel")
+    remat: Literal["auto", "none", "dots", "minimal", "mid", "full"] = Field(
+        "auto", description="what the backward pass recomputes; auto is none on CPU and minimal elsewhere"
+    )
+
+
+class TuningConfig(Section):
+    """What is trained."""
+
+    method: Literal["lora", "full"] = "lora"
+    rank: Positive = Field(16, description="LoRA rank r")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="LoRA update is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="dropout on the adapters' input")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="all-linear, or names (q_proj, ...) of the linear layers that get an adapter"
+    )
+    loss_weighting: Literal["token", "example"] = Field(
+        "token", description="token: every trained token counts the same; example: every example counts the same"
+    )
+
+
+class SourceConfig(Section):
+    """One set of rows."""
+
+    path: str = Field(description="file, folder, glob, gs://, s3:// or hub dataset id")
+    revision: str | None = None
+    name: str | None = Field(None, description="configuration name of a hub dataset")
+    split: str | None = Field(None, description="split of a dataset; train where there is one")
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="field of the format -> column of the rows, e.g. {prompt: question}"
+    )
+    template: str | None = Field(None, description="overrides data.template for this source")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="share of draws relative to the other sources; all or none have one"
+    )
+    epochs: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="times this source is seen while the others are seen once (without weights)"
+    )
+
+
+class DataConfig(Section):
+    """What the model learns from, and how rows become tokens."""
+
+    train: tuple[SourceConfig, ...] = ()
+    eval: tuple[SourceConfig, ...] = ()
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of each training source's rows held out for evaluation, drawn from the seed"
+    )
+    template: str = Field(
+        "auto", description="auto (the tokenizer's own), alpaca, chatml, llama2, llama3, vicuna, plain, or a Jinja file"
+    )
+    max_length: Positive | None = Field(
+        None, description="tokens per row (T); default min(2048, the model's positions)"
+    )
+    packing: bool = Field(True, description="several examples a row, isolated from one another")
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    overlong: Literal["drop", "truncate_turns", "truncate_right", "split", "error"] = "drop"
+    on_bad_row: Literal["error", "skip", "quarantine"] = "error"
+    max_lost: Fraction | None = Field(None, description="stop when a larger share of tokens than this is lost")
+    window: Annotated[int, Field(ge=1, le=65536)] = Field(512, description="draws packed together (W)")
+    lanes: Literal["auto"] | Positive = Field("auto", description="independent streams of windows in one batch")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that render and pack; 0 uses threads")
+
+
+class OptimizerConfig(Section):
+    """How weights are updated."""
+
+    name: str = Field("adamw", description="any optimizer of optax by its name")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak learning rate; default 2e-4 (lora), 1e-5 (full)"
+    )
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    warmup_ratio: Fraction = Field(0.03, description="share of the steps, rounded up, that the rate climbs over")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="instead of warmup_ratio")
+    decay_ratio: Fraction = Field(0.2, description="wsd: share of the steps, at the end, that the rate falls over")
+    final_ratio: Fraction = Field(0.1, description="last learning rate over the peak (linear, cosine, wsd)")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="applied to matrices, not norms or biases")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="clip the global gradient norm")
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optax optimizer")
+
+
+class TrainConfig(Section):
+    """How long, in what portions."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    steps: Annotated[int, Field(ge=0)] | None = Field(None, description="optimizer updates; wins over epochs")
+    batch_rows: Positive = Field(8, description="rows of max_length tokens in one update, over all devices")
+    microbatch_rows: Positive | None = Field(
+        None, description="rows computed at once; the rest of the batch is accumulated; default: the whole batch"
+    )
+    max_bad_steps: Positive = Field(5, description="stop after so many updates in a row with a NaN or infinity")
+    preempted_exit_code: Annotated[int, Field(ge=1, le=255)] = 143
+
+
+class MeshConfig(Section):
+    """Devices along each axis; one axis may be -1, meaning all that are left."""
+
+    slice: Annotated[int, Field(ge=-1)] = 1
+    data: Annotated[int, Field(ge=-1)] = 1
+    fsdp: Annotated[int, Field(ge=-1)] = -1
+    tensor: Annotated[int, Field(ge=-1)] = 1
+    context: Annotated[int, Field(ge=-1)] = 1
+    expert: Annotated[int, Field(ge=-1)] = 1
+
+
+class CheckpointConfig(Section):
+    """When state is saved, and how a run goes on."""
+
+    every_steps: Positive | None = Field(500, description="null saves at the end alone")
+    keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
+    resume: Literal["auto", "never"] = Field("auto", description="auto goes on where the folder's run stopped")
+
+
+class EvalConfig(Section):
+    """Held-out loss during training."""
+
+    every_steps: Positive | None = Field(None, description="default: ten times over the run, and at its end")
+    max_batches: Positive | None = Field(None, description="at most so many batches each time")
+
+
+class LogConfig(Section):
+    """What a run tells, and where."""
+
+    every_steps: Positive = 10
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="Weights & Biases project; nothing is sent without it")
+
+
+class ExportConfig(Section):
+    """What is written when training ends."""
+
+    adapter: bool = Field(True, description="LoRA runs: OUTPUT/adapter, a PEFT folder")
+    hf: bool = Field(True, description="OUTPUT/hf, the full or merged model folder")
+
+
+class Config(Section):
+    """A whole run."""
+
+    output: str = Field(description="folder for everything the run writes")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelConfig
+    tuning: TuningConfig = TuningConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        problems = []
+        if not self.data.train and self.train.steps != 0:
+            problems.append("data.train: found no source; expected at least one, e.g. data.train.0.path=FILE.jsonl")
+        weighted = [source.weight is not None for source in self.data.train]
+        if any(weighted) and not all(weighted):
+            missing = ", ".join(str(i) for i, has in enumerate(weighted) if not has)
+            problems.append(f"data.train: sources {missing} have no weight; give every source one, or none")
+        rows, micro = self.train.batch_rows, self.train.microbatch_rows
+        if micro is not None and rows % micro:
+            problems.append(f"train.microbatch_rows: found {micro}; expected a divisor of train.batch_rows = {rows}")
+        if isinstance(self.data.lanes, int) and rows % self.data.lanes:
+            problems.append(f"data.lanes: found {self.data.lanes}; expected a divisor of train.batch_rows = {rows}")
+        axes = self.mesh.model_dump()
+        if sum(size == -1 for size in axes.values()) > 1:
+            problems.append(f"mesh: found {axes}; expected at most one axis with -1")
+        problems += [f"mesh.{axis}: found 0; expected a size of at least 1, or -1" for axis, n in axes.items() if n == 0]
+        if self.data.eval and self.data.eval_fraction:
+            problems.append("data.eval_fraction: found beside data.eval; give one of the two")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: as asked for, or the method's default."""
+        if self.optimizer.learning_rate is not None:
+            return self.optimizer.learning_rate
+        return {"lora": 2e-4, "full": 1e-5}[self.tuning.method]
+
+
+# Outside these a value still runs, with a warning; docs/recipes.md says where they come from.
+USUAL_RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "lora": {"learning_rate": (1e-5, 2e-3), "tuning.rank": (4, 256), "train.epochs": (1, 10)},
+    "full": {"learning_rate": (1e-6, 1e-3), "train.epochs": (1, 10)},
+}
+
+
+def unusual_values(config: Config) -> list[str]:
+    """Sentences about values outside the field's usual range; empty when there are none."""
+    values = {
+        "learning_rate": config.learning_rate,
+        "tuning.rank": float(config.tuning.rank),
+        "train.epochs": float(config.train.epochs),
+    }
+    return [
+        f"{key} = {values[key]:g} is outside the usual range for {config.tuning.method}: {low:g} to {high:g}"
+        for key, (low, high) in USUAL_RANGES[config.tuning.method].items()
+        if not low <= values[key] <= high
+    ]
