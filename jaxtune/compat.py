@@ -1,0 +1,25 @@
+"""Differences between the versions and machines that we run on; nothing else knows a version.
+
+jax 0.10 to 0.12 agree on all that we call (`set_mesh`, `shard_map`, explicit axis types), so this file is short.
+"""
+
+import os
+import pathlib
+
+
+def keep_tpu_plugin_quiet() -> None:
+    """Keeps an installed libtpu from disturbing a machine that has no TPU; call it before jax is imported.
+
+    With libtpu installed (the `plan` extra) jax would ask for a TPU first and wait for a metadata server that a laptop
+    does not have. A TPU VM shows its chips as device files; without them, and without a platform named by the user,
+    the platforms are left to jax minus the TPU.
+    """
+    has_chips = any(pathlib.Path("/dev").glob("accel*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    if not has_chips:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        if "JAX_PLATFORMS" not in os.environ and not _has_gpu():
+            os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _has_gpu() -> bool:
+    return pathlib.Path("/dev/nvidiactl").exists() or pathlib.Path("/dev/kfd").exists()
