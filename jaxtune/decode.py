@@ -1,0 +1,238 @@
+"""Turns `CONFIG.yaml` and `key=value` words into a `Config`, or says everything that is wrong at once.
+
+Scalars are YAML 1.2's: `1e-4` is a number, `no` and `on` are strings, only `true` and `false` are booleans.
+"""
+
+import difflib
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pydantic
+import yaml
+
+from jaxtune.config import Config
+
+
+class ConfigError(ValueError):
+    """The configuration is unusable; the message lists every problem with its path."""
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalar rules of YAML 1.2's core schema (section 10.3.2 of its specification)."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Builds a mapping; a key that stands twice is an error, for one of the two values would be lost."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+     list("-+.0123456789")),
+):
+    _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # 010 is ten: YAML 1.2 has no leading-0 octal
+
+
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def decode(words: Sequence[str]) -> Config:
+    """Returns the configuration that command-line words describe.
+
+    Args:
+        words: at most one YAML file, and any number of `dotted.key=value`; later words win over earlier ones and over
+            the file. A list item is named by its number: `data.train.0.path=FILE`.
+
+    Raises:
+        ConfigError: with every problem: path, value found, what was expected, nearest key.
+    """
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for word in words:
+        if "=" not in word:
+            if origins.get("") is not None:
+                raise ConfigError(f"found two configuration files, {origins['']} and {word}; expected one at most")
+            origins[""] = word
+            tree = _read_yaml(word)
+    problems = []
+    for word in words:
+        if "=" in word:
+            key, _, text = word.partition("=")
+            problems += _assign(tree, key, text)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> Config:
+    """Returns the configuration of a tree of plain values; raises ConfigError with every problem."""
+    try:
+        return Config.model_validate(_tuples(tree))
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_describe(item) for item in _without_echoes(error.errors()))) from None
+
+
+def to_yaml(config: Config) -> str:
+    """Returns the configuration as YAML that `decode` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else pathlib.Path()
+        near = difflib.get_close_matches(file.name, [p.name for p in folder.glob("*.yaml")], n=1)
+        hint = f" Did you mean {folder / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: no such file; expected a YAML file, or key=value words.{hint}")
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: found a {type(tree).__name__} at the top; expected keys such as model: and data:")
+    return tree
+
+
+def _assign(tree: Any, key: str, text: str) -> list[str]:
+    """Sets `key` (dotted) of `tree` to the YAML value of `text`; returns what is wrong with it, if anything."""
+    try:
+        value = yaml.load(text, Loader=_Yaml12Loader) if text else None
+    except yaml.YAMLError:
+        value = text  # a path such as `a: b.jsonl` is text, not broken YAML
+    parts = key.split(".")
+    if not all(parts):
+        return [f"{key}={text}: found an empty part in the key; expected e.g. train.steps=100"]
+    node = tree
+    for at, part in enumerate(parts):
+        last = at == len(parts) - 1
+        here = ".".join(parts[: at + 1])
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) > len(node):
+                return [f"{here}: found {part!r}; expected the number of a list item, 0 to {len(node)} (the next new one)"]
+            index: Any = int(part)
+            if index == len(node):
+                node.append(None)
+        elif isinstance(node, dict):
+            index = part
+        else:
+            return [f"{here}: {'.'.join(parts[:at])} is {node!r}, which has no keys"]
+        if last:
+            node[index] = value
+        else:
+            child = node.get(index) if isinstance(node, dict) else node[index]
+            if child is None:
+                child = [] if parts[at + 1].isdigit() else {}
+                node[index] = child
+            node = child
+    return []
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _without_echoes(items: Sequence[Any]) -> list[Any]:
+    """Drops all but the last of several errors at one place: a union reports each of its members."""
+    by_place = {tuple(part for part in item["loc"] if not _is_union_tag(part)): item for item in items}
+    return [{**item, "loc": place} for place, item in by_place.items()]
+
+
+def _is_union_tag(part: Any) -> bool:
+    """True for the words by which pydantic names a member of a union, which are no keys of ours."""
+    return isinstance(part, str) and bool(re.match(r"^(str|int|float|bool|literal\[|tuple\[|constrained-|function-)", part))
+
+
+def _describe(item: Mapping[str, Any]) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    found = item.get("input")
+    model, key = _owner(item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = list(model.model_fields) if model else []
+        elsewhere = [place for place in _all_paths() if place.split(".")[-1] == key]
+        near = [_sibling(path, name) for name in difflib.get_close_matches(key, known, n=1, cutoff=0.5)]
+        hint = [*elsewhere, *near][:1]
+        told = f"did you mean {hint[0]}?" if hint else f"known here: {', '.join(known)}"
+        return f"{path}: unknown key (value {found!r}); {told}"
+    if item["type"] == "missing":
+        return f"{path}: missing; expected {_meaning(model, key)}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    expected = re.sub(r"^Input should be ", "", item["msg"]).replace("a valid tuple", "a list")
+    meaning = _meaning(model, key)
+    about = f" ({meaning})" if meaning and meaning != "a value" else ""
+    hint = ""
+    if isinstance(found, str) and "literal" in item["type"]:
+        near = difflib.get_close_matches(found, re.findall(r"'([^']+)'", item["msg"]), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{path}: found {found!r} ({_kind(found)}); expected {expected}{about}{hint}"
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", type(None): "null",
+             dict: "keys", tuple: "a list"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _sibling(path: str, key: str) -> str:
+    return ".".join([*path.split(".")[:-1], key])
+
+
+def _meaning(model: type[pydantic.BaseModel] | None, key: str) -> str:
+    field = model.model_fields.get(key) if model else None
+    section = _section_in(field.annotation) if field else None
+    if section:
+        return f"keys: {', '.join(section.model_fields)}"
+    return (field.description or "a value") if field else "a value"
+
+
+def _owner(loc: Sequence[Any]) -> tuple[type[pydantic.BaseModel] | None, str]:
+    """Returns the section that the last key of `loc` belongs to, and that key."""
+    model: type[pydantic.BaseModel] | None = Config
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if model else None
+        model = _section_in(field.annotation) if field else None
+    return model, str(loc[-1]) if loc else ""
+
+
+def _section_in(annotation: Any) -> type[pydantic.BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        if not isinstance(inner, types.EllipsisType) and (found := _section_in(inner)):
+            return found
+    return None
+
+
+def _all_paths(model: type[pydantic.BaseModel] = Config, prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in model.model_fields.items():
+        section = _section_in(field.annotation)
+        paths += _all_paths(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return paths
