@@ -141,6 +141,25 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(axes, x.shape, mesh))
 
 
+def constrain_parameters(state: Any) -> Any:
+    """Asks the compiler to lay a state of nnx variables out as its parameters are (gradients, accumulators).
+
+    Without it the sum of gradients over microbatches may be kept whole on every device.
+    """
+    from flax import nnx
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return state
+
+    def place(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        spec = parameter_spec(variable.get_metadata()["axes"], value.shape, mesh)
+        return variable.replace(jax.lax.with_sharding_constraint(value, spec))
+
+    return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
 def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
     """Returns how an activation with these logical axes lies on the mesh (axes of size 1 or not dividing: whole)."""
     spec: list[Any] = []

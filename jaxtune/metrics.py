@@ -1,0 +1,238 @@
+"""What a run tells while it works: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+# Dense bf16 peak, FLOP/s per device as jax counts devices, from the makers' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+class MetricsLog:
+    """Writes numbers of numbered updates to every place that was asked for."""
+
+    def __init__(
+        self, folder: pathlib.Path, *, resumed_step: int, tensorboard: bool, wandb: str | None, config: dict[str, Any]
+    ) -> None:
+        """Opens the logs; records past `resumed_step` are of updates that will be done again and are cut off."""
+        self._file = folder / "metrics.jsonl"
+        cut_records(self._file, resumed_step)
+        self._stream = self._file.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(folder / "events")) if tensorboard else None
+        self._wandb = _start_wandb(wandb, folder, config) if wandb else None
+
+    def write(self, step: int, **values: float | int | str | None) -> None:
+        """Writes one record of update `step`."""
+        record = {"step": step, **{key: _plain(value) for key, value in values.items() if value is not None}}
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        if self._board:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Finishes every log."""
+        self._stream.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def cut_records(file: pathlib.Path, step: int) -> None:
+    """Keeps the records of updates up to `step`; a last line that was cut off by a crash goes too."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    aside = file.with_suffix(".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(file)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else str(number)  # JSON has no NaN: readers get the word
+
+
+def _start_wandb(project: str, folder: pathlib.Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("log.wandb is set but wandb is not installed; run: pip install wandb, or unset log.wandb") from None
+    return wandb.init(project=project, dir=str(folder), config=config, resume="allow", id=folder.name)
+
+
+class Terminal:
+    """A bar on a terminal, plain lines elsewhere; only the first process of a pod speaks."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = rich.console.Console(stderr=False, highlight=False, soft_wrap=True, quiet=quiet)
+        self._progress: rich.progress.Progress | None = None
+
+    @property
+    def interactive(self) -> bool:
+        """Whether a person watches."""
+        return self._console.is_terminal and sys.stdout.isatty()
+
+    def say(self, text: str) -> None:
+        """Prints a line or a paragraph, above the bar if there is one."""
+        self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a line that should be noticed."""
+        self._console.print(f"warning: {text}", markup=False, style="yellow")
+
+    @contextlib.contextmanager
+    def working(self, what: str, *, every: float = 15.0) -> Iterator[None]:
+        """Says what is going on, with the seconds counting up, until the block ends."""
+        start, done = time.perf_counter(), threading.Event()
+
+        def seconds() -> str:
+            return f"{what} … {time.perf_counter() - start:.0f} s"
+
+        def tick() -> None:
+            while not done.wait(1.0 if self.interactive else every):
+                status.update(seconds()) if status else self.say(seconds())
+
+        status = self._console.status(seconds()) if self.interactive else None
+        thread = threading.Thread(target=tick, daemon=True)
+        with status or contextlib.nullcontext():
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+        self.say(f"{what}: {time.perf_counter() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def bar(self, total: int, *, done: int = 0) -> Iterator["Bar"]:
+        """Shows progress over `total` updates, `done` of which were done before."""
+        if not self.interactive:
+            yield Bar(self, None, total, done)
+            return
+        columns = (
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("ETA"),
+            rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        with rich.progress.Progress(*columns, console=self._console) as progress:
+            task = progress.add_task("train", total=total, completed=done, numbers="")
+            yield Bar(self, (progress, task), total, done)
+
+
+class Bar:
+    """Progress of the updates."""
+
+    def __init__(self, terminal: Terminal, task: tuple[Any, Any] | None, total: int, done: int) -> None:
+        self._terminal, self._task, self._total = terminal, task, total
+        self._start, self._done = time.perf_counter(), done
+
+    def advance(self, step: int) -> None:
+        """Notes that update `step` is done."""
+        if self._task:
+            progress, task = self._task
+            progress.update(task, completed=step)
+
+    def show(self, step: int, *, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+        """Shows the numbers of update `step`: on the bar, or as a line."""
+        numbers = f"loss {loss:.4f}  lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s"
+        if self._task:
+            progress, task = self._task
+            progress.update(task, completed=step, numbers=numbers)
+            return
+        elapsed = time.perf_counter() - self._start
+        remaining = elapsed / max(step - self._done, 1) * (self._total - step)
+        self._terminal.say(f"step {step}/{self._total}  {numbers}  ETA {duration(remaining)}")
+
+
+class Meter:
+    """Seconds, tokens and waiting for data between two reports."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new interval."""
+        self._start = time.perf_counter()
+        self._steps = self._all = self._real = self._trained = 0
+        self._waited = 0.0
+
+    def count(self, *, tokens_all: int, tokens: int, trained_tokens: int, waited: float) -> None:
+        """Adds one update."""
+        self._steps += 1
+        self._all += tokens_all
+        self._real += tokens
+        self._trained += trained_tokens
+        self._waited += waited
+
+    def rates(self, *, flops_per_token: float, peak_flops: float | None) -> dict[str, float | None]:
+        """Returns rates over the interval: per second of wall clock, all hosts together.
+
+        MFU counts model FLOPs of the non-padding tokens, as Chowdhery et al. 2022 (PaLM, appendix B) define it.
+        """
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return {
+            "tokens_per_second": self._real / seconds,
+            "tokens_per_second_all": self._all / seconds,
+            "tokens_per_second_trained": self._trained / seconds,
+            "step_seconds": seconds / max(self._steps, 1),
+            "data_wait_seconds": self._waited / max(self._steps, 1),
+            "mfu": self._real / seconds * flops_per_token / peak_flops if peak_flops else None,
+        }
+
+
+def memory_bytes(device: Any) -> int | None:
+    """Returns the peak bytes in use on a device; on CPU the resident memory of this process."""
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    status = pathlib.Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else None
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as people say them: 42 s, 3:05, 1:02:03."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
