@@ -1,0 +1,366 @@
+"""Hugging Face folder to parameters and back, one tensor at a time, by the family's one table of names."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import fsspec
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxtune import placement
+from jaxtune.convert import folder as folders
+from jaxtune.convert.folder import DTYPE_NAMES, DTYPES, INDEX, SINGLE, HFFolder
+from jaxtune.models.decoder import DecoderConfig
+from jaxtune.models.family import Family
+from jaxtune.models.layers import LoRAParam
+from jaxtune.models.registry import family_of
+
+Path = tuple[Any, ...]
+
+# What stands beside the weights and is copied byte for byte.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor lives among the parameters: the leaf's path and, in a stacked leaf, its layer."""
+
+    name: str
+    path: Path
+    layer: int | None
+    transpose: bool
+    optional: bool
+
+
+def name_table(family: Family, config: DecoderConfig) -> dict[str, Place]:
+    """Writes the family's table out for every layer: tensor name -> place, in the order of a checkpoint."""
+    table: dict[str, Place] = {}
+    weights = family.weights(config)
+    in_layer = [weight for weight in weights if "{layer}" in weight.hf]
+    places: list[Place] = []
+    for weight in weights:
+        if weight not in in_layer:
+            places.append(Place(weight.hf, weight.path, None, weight.transpose, weight.optional))
+        elif weight is in_layer[0]:  # all of a layer's tensors stand together
+            for layer in range(config.num_layers):
+                group, place, repetition = config.layer_place(layer)
+                for inner in in_layer:
+                    path = ("groups", group, place, *inner.path)
+                    name = inner.hf.format(layer=layer)
+                    places.append(Place(name, path, repetition, inner.transpose, inner.optional))
+    for entry in places:
+        table[entry.name] = entry
+    return table
+
+
+def leaf_shape(place: Place, leaf: Any) -> tuple[int, ...]:
+    """Returns the shape that the checkpoint must have for a place, from the parameter's own declaration."""
+    shape = tuple(leaf.shape) if place.layer is None else tuple(leaf.shape)[1:]
+    return shape[::-1] if place.transpose else shape
+
+
+def leaves_of(state: nnx.State) -> dict[Path, Any]:
+    """Returns path -> value (array, ShapeDtypeStruct or sharding) of the state's parameters, adapters left out."""
+    return {
+        path: variable.get_value() for path, variable in nnx.to_flat_state(state) if not isinstance(variable, LoRAParam)
+    }
+
+
+def file_dtypes(folder: HFFolder) -> Callable[[Path], Any]:
+    """Returns `dtype_of` for `load_params` that holds each parameter in its tensors' own dtype."""
+    family = family_of(folder.config, where=folder.path)
+    found: dict[Path, Any] = {}
+    for name, place in name_table(family, family.read_config(folder.config)).items():
+        if name in folder.tensors and not place.optional:
+            dtype = DTYPES[folder.tensors[name].dtype]
+            found[place.path] = np.promote_types(found.get(place.path, dtype), dtype)
+    return found.__getitem__
+
+
+def load_params(
+    folder: HFFolder,
+    abstract_state: nnx.State,
+    *,
+    shardings: nnx.State | None = None,
+    dtype_of: Callable[[Path], Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> nnx.State:
+    """Reads the folder's weights into arrays, each leaf where `shardings` says.
+
+    Args:
+        abstract_state: what to fill, from `nnx.split(nnx.eval_shape(...))`; adapters in it are left out of the result.
+        shardings: the same tree with shardings as values; None puts everything on the first device.
+        dtype_of: path of a leaf -> dtype to hold it in; default is the abstract leaf's.
+        progress: called with (bytes read, bytes in all) after each tensor.
+
+    Returns:
+        A state with the same variables (and metadata) that holds arrays.
+
+    Raises:
+        ValueError: tensors that are missing, not expected, or of a wrong shape; all of them in one message.
+    """
+    family = family_of(folder.config, where=folder.path)
+    table = name_table(family, family.read_config(folder.config))
+    leaves = leaves_of(abstract_state)
+    _check_tensors(folder, family, table, leaves)
+    where = leaves_of(shardings) if shardings is not None else {}
+    default = placement.default_sharding()
+    arrays: dict[Path, jax.Array] = {}
+    wanted = [info for info in folder.tensors.values() if info.name in table and not table[info.name].optional]
+    total, done = sum(info.stop - info.start for info in wanted), 0
+    for info in wanted:
+        place = table[info.name]
+        leaf, sharding = leaves[place.path], where.get(place.path, default)
+        dtype = dtype_of(place.path) if dtype_of is not None else leaf.dtype
+
+        def read(start: int, stop: int, name: str = info.name) -> np.ndarray:
+            return folder.read_rows(name, start, stop)
+
+        rows = placement.row_sharded(read, info.shape, DTYPES[info.dtype], sharding)
+        if place.layer is None:
+            array = placement.put(rows, transpose=place.transpose, dtype=dtype, sharding=sharding)
+        else:
+            stack = arrays.pop(place.path, None)
+            if stack is None:
+                stack = placement.empty_stack(leaf.shape, dtype, sharding)
+            array = placement.fill(stack, rows, place.layer, transpose=place.transpose, sharding=sharding)
+        array.block_until_ready()  # or the rows of many tensors would wait in memory together
+        del rows
+        arrays[place.path] = array
+        done += info.stop - info.start
+        if progress is not None:
+            progress(done, total)
+    filled = [
+        (path, variable.replace(arrays[path]))
+        for path, variable in nnx.to_flat_state(abstract_state)
+        if not isinstance(variable, LoRAParam)
+    ]
+    return nnx.from_flat_state(filled)
+
+
+def _check_tensors(folder: HFFolder, family: Family, table: dict[str, Place], leaves: dict[Path, Any]) -> None:
+    """Raises one ValueError that lists every tensor missing, not expected or of a wrong shape."""
+    problems = []
+    for name, place in table.items():
+        if place.optional:
+            continue
+        info = folder.tensors.get(name)
+        expected = leaf_shape(place, leaves[place.path])
+        if info is None:
+            problems.append(f"{name}: missing; expected shape {list(expected)}")
+        elif info.shape != expected:
+            problems.append(f"{name} in {info.file}: found shape {list(info.shape)}; expected {list(expected)}")
+    for name, info in folder.tensors.items():
+        if name not in table and not any(fnmatch(name, pattern) for pattern in family.ignored):
+            problems.append(f"{name} in {info.file}: not a tensor of a {family.model_type} with this config.json")
+    if problems:
+        raise ValueError(
+            f"{folder.path}: the weights do not fit config.json; {len(problems)} tensor(s) differ. Download the folder "
+            "again, or correct config.json:\n  " + "\n  ".join(problems)
+        )
+
+
+def export_folder(
+    base: HFFolder,
+    state: nnx.State,
+    out_dir: str,
+    *,
+    chat_template: str | None = None,
+    stop_ids: tuple[int, ...] | None = None,
+) -> None:
+    """Writes a model folder that other tools open: the base's files with this state's weights, adapters merged in.
+
+    Shards, their order and each tensor's dtype are the base's, so that with unchanged weights the files are equal byte
+    for byte. A base without weights gets one file in the family's order, in the state's dtypes. Every process must
+    call this; process 0 writes. The folder is opened again and checked at the end.
+
+    Args:
+        state: all parameters; `LoRAParam`s beside a kernel are merged (float32, cast once).
+        out_dir: local path or fsspec URL.
+        chat_template: written when the run's template is not the tokenizer's own.
+        stop_ids: tokens that end an answer, added to generation_config.json's eos_token_id.
+    """
+    family = family_of(base.config, where=base.path)
+    table = name_table(family, family.read_config(base.config))
+    variables = dict(nnx.to_flat_state(state))
+    headers = base.headers or {SINGLE: _new_header(table, variables)}
+    size = sum(len(raw) for raw in headers.values()) + sum(
+        stop - start for raw in headers.values() for _, _, start, stop in _entries(raw)
+    )
+    writes = jax.process_index() == 0
+    fs, root = fsspec.core.url_to_fs(out_dir)
+    if writes:
+        fs.makedirs(root, exist_ok=True)
+        check_space(out_dir, size)
+    for file, raw in headers.items():
+        stream = fs.open(f"{root}/{file}", "wb") if writes else None
+        try:
+            if stream:
+                stream.write(raw)
+            for name, dtype, _, _ in _entries(raw):
+                array = _export_tensor(base, table, variables, name, dtype)
+                if stream:
+                    stream.write(array.reshape(-1).view(np.uint8).data)
+        finally:
+            if stream:
+                stream.close()
+    if writes:
+        _copy_companions(base, fs, root)
+        if chat_template is not None:
+            write_chat_template(fs, root, chat_template)
+        _write_generation_config(base, fs, root, stop_ids)
+        # Last, so that a folder cut off half-way is not taken for a model.
+        write_json(fs, f"{root}/config.json", complete_config(base, family, _dtype_name(headers)))
+        _verify(out_dir, headers)
+
+
+def _entries(raw: bytes) -> Iterator[tuple[str, str, int, int]]:
+    """Yields (name, dtype, start, stop) of a raw header's tensors in the order of their bytes."""
+    header = json.loads(raw[8:])
+    header.pop("__metadata__", None)
+    for name, item in sorted(header.items(), key=lambda entry: entry[1]["data_offsets"]):
+        yield name, item["dtype"], *item["data_offsets"]
+
+
+def _export_tensor(
+    base: HFFolder, table: dict[str, Place], variables: dict[Path, Any], name: str, dtype: str
+) -> np.ndarray:
+    """Returns one tensor as the checkpoint holds it; what carries no weights is copied from the base."""
+    if name not in table:
+        return np.ascontiguousarray(base.read_rows(name))
+    place = table[name]
+    leaf = variables[place.path].get_value()
+    update = None
+    lora_a, lora_b = (variables.get((*place.path[:-1], slot)) for slot in ("lora_a", "lora_b"))
+    if place.path[-1] == "kernel" and lora_a is not None and lora_b is not None:
+        update = (lora_a.get_value(), lora_b.get_value(), lora_a.get_metadata()["scale"])
+    array = placement.take(leaf, place.layer, transpose=place.transpose, dtype=DTYPES[dtype], update=update)
+    if name in base.tensors and array.shape != base.tensors[name].shape:
+        raise ValueError(f"{name}: has shape {list(array.shape)} here, {list(base.tensors[name].shape)} in the base")
+    return np.ascontiguousarray(array)
+
+
+def _new_header(table: dict[str, Place], variables: dict[Path, Any]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, place in table.items():
+        if place.optional:
+            continue
+        leaf = variables[place.path].get_value()
+        dtype, shape = np.dtype(leaf.dtype), leaf_shape(place, leaf)
+        stop = at + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    return pack_header(header)
+
+
+def pack_header(header: dict[str, Any]) -> bytes:
+    """Returns a safetensors header with its length before it, padded with spaces to 8 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def check_space(out_dir: str, size: int) -> None:
+    """Raises ValueError when a local disk cannot hold `size` more bytes."""
+    if folders.is_local(out_dir):
+        free = shutil.disk_usage(out_dir).free
+        if free < size:
+            raise ValueError(
+                f"{out_dir}: {size / 2**30:.1f} GiB are to be written, but only {free / 2**30:.1f} GiB are free; "
+                "make room or choose another output"
+            )
+
+
+def complete_config(base: HFFolder, family: Family, dtype: str) -> dict[str, Any]:
+    """Returns config.json with the keys that readers of transformers 4 and of 5 look for; nothing is changed or lost.
+
+    A file with only the keys of 5 is read by 4 with rope base 10000 and without scaling, and without a warning.
+    """
+    config = dict(base.config)
+    config.setdefault("architectures", [family.architecture])
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    if new is None:
+        scaling = {key: value for key, value in (old or {}).items() if key != "type"}
+        scaling.setdefault("rope_type", (old or {}).get("type", "default"))
+        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
+    config.setdefault("rope_theta", config["rope_parameters"].get("rope_theta", 10000.0))
+    if "rope_scaling" not in config:
+        scaling = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    known = config.get("dtype") or config.get("torch_dtype") or dtype
+    config.setdefault("dtype", known)
+    config.setdefault("torch_dtype", known)
+    return config
+
+
+def _dtype_name(headers: dict[str, bytes]) -> str:
+    """Returns torch's name of the dtype that most bytes are in."""
+    sizes: dict[str, int] = {}
+    for raw in headers.values():
+        for _, dtype, start, stop in _entries(raw):
+            sizes[dtype] = sizes.get(dtype, 0) + stop - start
+    return DTYPES[max(sizes, key=lambda dtype: sizes[dtype])].name
+
+
+def _copy_companions(base: HFFolder, fs: Any, root: str) -> None:
+    base_fs, base_root = fsspec.core.url_to_fs(base.path)
+    for entry in sorted(base_fs.ls(base_root, detail=False)):
+        name = os.path.basename(entry.rstrip("/"))
+        if (name == INDEX and base.headers) or any(fnmatch(name, pattern) for pattern in COMPANIONS):
+            with fs.open(f"{root}/{name}", "wb") as stream:
+                stream.write(base_fs.cat_file(entry))
+
+
+def write_chat_template(fs: Any, root: str, template: str) -> None:
+    """Writes a chat template where readers new (chat_template.jinja) and old (tokenizer_config.json) look for it."""
+    with fs.open(f"{root}/chat_template.jinja", "wb") as stream:
+        stream.write(template.encode())
+    entry = f"{root}/tokenizer_config.json"
+    config = json.loads(fs.cat_file(entry)) if fs.exists(entry) else {}
+    write_json(fs, entry, {**config, "chat_template": template})
+
+
+def _write_generation_config(base: HFFolder, fs: Any, root: str, stop_ids: tuple[int, ...] | None) -> None:
+    """Copies generation_config.json; stop tokens that it lacks are added, the padding token never."""
+    base_fs, base_root = fsspec.core.url_to_fs(base.path)
+    entry = f"{base_root}/generation_config.json"
+    raw = base_fs.cat_file(entry) if base_fs.exists(entry) else None
+    config = json.loads(raw) if raw is not None else {}
+    found = config.get("eos_token_id", base.config.get("eos_token_id"))
+    eos = [] if found is None else [found] if isinstance(found, int) else list(found)
+    pad = config.get("pad_token_id", base.config.get("pad_token_id"))
+    added = [token for token in dict.fromkeys(stop_ids or ()) if token not in eos and token != pad]
+    if raw is not None and not added:
+        with fs.open(f"{root}/generation_config.json", "wb") as stream:
+            stream.write(raw)
+        return
+    if raw is None:
+        config = {key: base.config[key] for key in ("bos_token_id", "pad_token_id") if base.config.get(key) is not None}
+    eos += added
+    if eos:
+        config["eos_token_id"] = eos[0] if len(eos) == 1 else eos
+    write_json(fs, f"{root}/generation_config.json", config)
+
+
+def write_json(fs: Any, entry: str, value: Any) -> None:
+    """Writes JSON as transformers lays it out."""
+    with fs.open(entry, "wb") as stream:
+        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _verify(out_dir: str, headers: dict[str, bytes]) -> None:
+    """Opens what was written and compares it with what should be there."""
+    written = folders.open_folder(out_dir)
+    if written.headers != headers:
+        raise ValueError(f"{out_dir}: the files read back differ from what was written; check the disk")

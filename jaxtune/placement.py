@@ -1,0 +1,137 @@
+"""Putting a checkpoint's tensors where parameters lie, one at a time, and taking them back.
+
+Checkpoints hold `[out in]`, parameters `[in out]`, stacked over layers; the last dimension of a tensor is often the one
+that is split over devices. Reading it so would be many small strided reads, which is several times slower than whole
+rows. So rows are read, split evenly over all devices whatever the parameter's own split is, and one compiled
+transpose-and-reshard moves them into place over the devices' own network.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+ReadRows = Callable[[int, int], np.ndarray]
+
+
+def default_sharding() -> Sharding:
+    """Returns the placement on the first device, for who has no mesh."""
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def row_sharded(read: ReadRows, shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
+    """Forms an array split by rows over the devices of `sharding`; each process reads only what its devices hold.
+
+    Args:
+        shape: at least one dimension, rows first.
+        read: `(start, stop)` -> those rows of the tensor.
+    """
+    rows = _row_sharding(shape[0], sharding)
+    seen: dict[tuple[int, int], np.ndarray] = {}  # devices that hold the same rows read them once
+
+    def piece(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        if (start, stop) not in seen:
+            seen[start, stop] = read(start, stop)
+        return seen[start, stop]
+
+    return jax.make_array_from_callback(shape, rows, piece, dtype=dtype)
+
+
+def _row_sharding(rows: int, sharding: Sharding) -> Sharding:
+    """Splits rows over as many devices as divide them; a row count that shares no divisor is held whole."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    devices = sharding.mesh.devices.reshape(-1)
+    ways = math.gcd(rows, devices.size)
+    mesh = Mesh(devices.reshape(ways, -1), ("rows", "copies"))
+    return NamedSharding(mesh, PartitionSpec("rows"))
+
+
+@functools.cache
+def _putter(transpose: bool, dtype: Any, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda rows: _turn(rows, transpose).astype(dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _filler(transpose: bool, sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    def fill(stack: jax.Array, rows: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, _turn(rows, transpose).astype(stack.dtype), layer, 0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+def _turn(array: jax.Array, transpose: bool) -> jax.Array:
+    return array.T if transpose else array
+
+
+def put(rows: jax.Array, *, transpose: bool, dtype: Any, sharding: Sharding) -> jax.Array:
+    """Transposes, casts and reshards one tensor into a parameter of its own."""
+    return _putter(transpose, np.dtype(dtype), sharding)(rows)
+
+
+def empty_stack(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
+    """Makes the buffer that a stacked parameter is filled into, layer by layer."""
+    return _zeros(shape, np.dtype(dtype), sharding)()
+
+
+def fill(stack: jax.Array, rows: jax.Array, layer: int, *, transpose: bool, sharding: Sharding) -> jax.Array:
+    """Writes one layer into a stacked parameter in place: `stack` is donated, use the result."""
+    return _filler(transpose, sharding)(stack, rows, layer)
+
+
+@functools.cache
+def _taker(stacked: bool, transpose: bool, scale: float | None, dtype: Any, out: Sharding | None) -> Callable:
+    def take(leaves: tuple[jax.Array, ...], layer: jax.Array) -> jax.Array:
+        if stacked:
+            leaves = tuple(jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) for leaf in leaves)
+        value = leaves[0]
+        if scale is not None:
+            value = add_update(*leaves, scale=scale)
+        return _turn(value, transpose).astype(dtype)
+
+    return jax.jit(take, out_shardings=out)
+
+
+def add_update(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, *, scale: float) -> jax.Array:
+    """Returns `kernel + scale * lora_a @ lora_b`, `[... in out]`, in float32 at least: the caller casts, once."""
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    update = jnp.matmul(lora_a.astype(wide), lora_b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    return kernel.astype(wide) + scale * update
+
+
+def take(
+    leaf: jax.Array,
+    layer: int | None,
+    *,
+    transpose: bool,
+    dtype: Any,
+    update: tuple[jax.Array, jax.Array, float] | None = None,
+) -> np.ndarray:
+    """Brings one tensor back to the host as a checkpoint holds it; every process must call it, and all get it.
+
+    Args:
+        leaf: the parameter, `[in out]` or stacked `[L in out]`.
+        layer: which layer of a stacked parameter; None where it is not stacked.
+        dtype: of the result; cast once, at the end.
+        update: an adapter's (A, B, scale), added in float32.
+    """
+    leaves: tuple[jax.Array, ...] = (leaf,)
+    scale = None
+    if update is not None:
+        leaves, scale = (leaf, *update[:2]), update[2]
+    everywhere = None
+    if jax.process_count() > 1 and isinstance(leaf.sharding, NamedSharding):
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    taken = _taker(layer is not None, transpose, scale, np.dtype(dtype), everywhere)(leaves, layer or 0)
+    return np.asarray(taken)

@@ -1,0 +1,42 @@
+"""What tests of models share: a folder opened as our decoder, and rows of tokens."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtune.convert.folder import open_folder
+from jaxtune.convert.hf import load_params
+from jaxtune.models.attention import ATTENTIONS
+from jaxtune.models.decoder import Decoder, DecoderConfig
+from jaxtune.models.registry import family_of
+
+
+def abstract_decoder(config: DecoderConfig, **options: Any) -> Decoder:
+    """Returns the decoder's shapes only."""
+    return nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0), **options))
+
+
+def load(path: Any) -> tuple[Decoder, DecoderConfig]:
+    """Opens a folder as a decoder in float32."""
+    folder = open_folder(path)
+    config = family_of(folder.config, where=path).read_config(folder.config)
+    graph, state = nnx.split(abstract_decoder(config))
+    return nnx.merge(graph, load_params(folder, state)), config
+
+
+def logits(
+    decoder: Decoder, tokens: Any, positions: Any, segment_ids: Any, *, attention: str = "xla", **options: Any
+) -> np.ndarray:
+    """Returns `[B T V]` float32 logits, compiled."""
+    graph, state = nnx.split(decoder)
+
+    @jax.jit
+    def run(state: Any, *arrays: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, state)
+        hidden = model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS[attention], **options)
+        return model.logits(hidden)
+
+    return np.asarray(run(state, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segment_ids))))
