@@ -99,7 +99,10 @@ def _detect(rows: Sequence[Row], columns: Mapping[str, str], found: list[str]) -
         if None in sources.values():
             continue
         if name in _ROLE_NAMES:
-            turns = next((t for row in rows for t in [row.get(sources["messages"])] if isinstance(t, list) and t), [])
+            column = str(sources["messages"])
+            turns: list[Any] = next(
+                (row[column] for row in rows if isinstance(row.get(column), list) and row[column]), []
+            )
             if not (turns and isinstance(turns[0], dict) and ("from" in turns[0]) == (name == "sharegpt")):
                 continue
         return name
