@@ -40,3 +40,15 @@ def logits(
         return model.logits(hidden)
 
     return np.asarray(run(state, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segment_ids))))
+
+
+def jaxpr_of(decoder: Decoder) -> Any:
+    """Returns what is traced for one row of 8 tokens."""
+    graph, state = nnx.split(decoder)
+    row = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def run(state: Any, *arrays: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, state)
+        return model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS["xla"])
+
+    return jax.make_jaxpr(run)(state, row, row, row)

@@ -215,7 +215,7 @@ def export_folder(
             if stream:
                 stream.close()
     if writes:
-        _copy_companions(base, fs, root)
+        copy_companions(base, fs, root, with_index=bool(base.headers))
         if chat_template is not None:
             write_chat_template(fs, root, chat_template)
         _write_generation_config(base, fs, root, stop_ids)
@@ -313,11 +313,12 @@ def _dtype_name(headers: dict[str, bytes]) -> str:
     return DTYPES[max(sizes, key=lambda dtype: sizes[dtype])].name
 
 
-def _copy_companions(base: HFFolder, fs: Any, root: str) -> None:
+def copy_companions(base: HFFolder, fs: Any, root: str, *, with_index: bool = False) -> None:
+    """Copies tokenizer and licence files byte for byte, and the weights' index where asked."""
     base_fs, base_root = fsspec.core.url_to_fs(base.path)
     for entry in sorted(base_fs.ls(base_root, detail=False)):
         name = os.path.basename(entry.rstrip("/"))
-        if (name == INDEX and base.headers) or any(fnmatch(name, pattern) for pattern in COMPANIONS):
+        if (name == INDEX and with_index) or any(fnmatch(name, pattern) for pattern in COMPANIONS):
             with fs.open(f"{root}/{name}", "wb") as stream:
                 stream.write(base_fs.cat_file(entry))
 
