@@ -75,7 +75,12 @@ def lay_out(rows: Sequence[Sequence[tuple[Example, int]]], length: int) -> Batch
     """
     shape = (len(rows), length)
     batch = Batch(
-        *(np.zeros(shape, np.int32) for _ in range(4)), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+        tokens=np.zeros(shape, np.int32),
+        targets=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
+        segment_ids=np.zeros(shape, np.int32),
+        loss_weights=np.zeros(shape, np.float32),
+        source_ids=np.zeros(shape, np.int32),
     )
     for r, row in enumerate(rows):
         at = 0

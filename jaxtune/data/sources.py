@@ -44,6 +44,9 @@ class Source(Protocol):
     def where(self, i: int) -> str:
         """Where a person finds row i: `file:line`."""
 
+    def raw(self, i: int) -> str:
+        """Row i as it stands in its file, readable or not."""
+
 
 def open_source(config: SourceConfig, *, cache_dir: str | None = None) -> Source:
     """Opens what `config.path` names: files, a folder, a glob, a URL, a saved dataset or a hub dataset."""
@@ -84,6 +87,10 @@ class Concatenated:
         part, j = self._locate(i)
         return part.where(j)
 
+    def raw(self, i: int) -> str:
+        part, j = self._locate(i)
+        return part.raw(j)
+
 
 class JsonLines:
     """One JSON object a line; blank lines and a byte-order mark are passed over."""
@@ -105,10 +112,16 @@ class JsonLines:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
 
-    def row(self, i: int) -> dict[str, Any]:
+    def _bytes(self, i: int) -> bytes:
         if self._file is None:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (kept open, row after row)
-        raw = os.pread(self._file.fileno(), int(self.lengths[i]), int(self.starts[i]))
+        return os.pread(self._file.fileno(), int(self.lengths[i]), int(self.starts[i]))
+
+    def raw(self, i: int) -> str:
+        return self._bytes(i).decode("utf-8", "replace").rstrip("\r")
+
+    def row(self, i: int) -> dict[str, Any]:
+        raw = self._bytes(i)
         try:
             value = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -162,6 +175,9 @@ class ArrowRows:
     def where(self, i: int) -> str:
         return f"{self.shown_as}:row {i + 1}"
 
+    def raw(self, i: int) -> str:
+        return json.dumps(self.row(i), ensure_ascii=False, default=str)
+
 
 class HubDataset:
     """Rows of a `datasets.Dataset`, saved on disk or from the hub."""
@@ -182,6 +198,9 @@ class HubDataset:
 
     def where(self, i: int) -> str:
         return f"{self.name}:row {i + 1}"
+
+    def raw(self, i: int) -> str:
+        return json.dumps(self.row(i), ensure_ascii=False, default=str)
 
 
 def _load_hub_dataset(config: SourceConfig) -> Any:

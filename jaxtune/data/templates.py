@@ -93,7 +93,7 @@ def load_tokenizer(folder: str) -> Any:
     if not tokenizer.is_fast:
         raise ValueError(
             f"{folder}: {type(tokenizer).__name__} is a slow tokenizer and gives no character offsets, which the "
-            "weights need; save the folder's fast one: AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
+            "weights need; load it with use_fast=True and save it beside the model"
         )
     return tokenizer
 
