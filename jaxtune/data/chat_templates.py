@@ -55,7 +55,7 @@ _LLAMA2 = """
 {%- if message['role'] == 'system' %}
 {%- set ns.system = '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' %}
 {%- elif message['role'] == 'user' %}
-{{- bos_token + '[INST] ' + ns.system + message['content'].strip() + ' [/INST]' }}{% set ns.system = '' %}
+{{- (bos_token or '') + '[INST] ' + ns.system + message['content'].strip() + ' [/INST]' }}{% set ns.system = '' %}
 {%- else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}
 {%- endfor %}"""
 
