@@ -1,4 +1,4 @@
-"""Saving and restoring a run: Orbax writes the arrays, a manifest of hashes says whether they are still what was written.
+"""Saving and restoring a run: Orbax writes the arrays, a manifest of hashes says whether they are still intact.
 
 A checkpoint is OUTPUT/checkpoints/STEP with the items `state` (arrays) and `run` (JSON: data state, configuration,
 metrics) and, once Orbax has committed both, `jaxtune_manifest.json`: size and SHA-256 of every file. A folder without
@@ -140,7 +140,7 @@ class Checkpoints:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns `{"trainable/layers/q_proj/lora_a": leaf, ...}`: names on disk that do not hang on any container class."""
+    """Returns `{"trainable/groups/0/...": leaf, ...}`: names on disk that do not hang on any container class."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
     if len(named) != len(paths):

@@ -203,7 +203,8 @@ class Config(Section):
         axes = self.mesh.model_dump()
         if sum(size == -1 for size in axes.values()) > 1:
             problems.append(f"mesh: found {axes}; expected at most one axis with -1")
-        problems += [f"mesh.{axis}: found 0; expected a size of at least 1, or -1" for axis, n in axes.items() if n == 0]
+        empty = [axis for axis, size in axes.items() if size == 0]
+        problems += [f"mesh.{axis}: found 0; expected a size of at least 1, or -1" for axis in empty]
         if self.data.eval and self.data.eval_fraction:
             problems.append("data.eval_fraction: found beside data.eval; give one of the two")
         if problems:

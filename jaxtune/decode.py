@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 class _Yaml12Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalar rules of YAML 1.2's core schema (section 10.3.2 of its specification)."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # a class attribute by PyYAML's design
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Builds a mapping; a key that stands twice is an error, for one of the two values would be lost."""
@@ -32,9 +32,7 @@ class _Yaml12Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -43,8 +41,11 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-     list("-+.0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 ):
     _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
@@ -131,7 +132,7 @@ def _assign(tree: Any, key: str, text: str) -> list[str]:
         here = ".".join(parts[: at + 1])
         if isinstance(node, list):
             if not part.isdigit() or int(part) > len(node):
-                return [f"{here}: found {part!r}; expected the number of a list item, 0 to {len(node)} (the next new one)"]
+                return [f"{here}: found {part!r}; expected a list item's number, 0 to {len(node)} (the next new one)"]
             index: Any = int(part)
             if index == len(node):
                 node.append(None)
@@ -164,7 +165,8 @@ def _without_echoes(items: Sequence[Any]) -> list[Any]:
 
 def _is_union_tag(part: Any) -> bool:
     """True for the words by which pydantic names a member of a union, which are no keys of ours."""
-    return isinstance(part, str) and bool(re.match(r"^(str|int|float|bool|literal\[|tuple\[|constrained-|function-)", part))
+    tags = r"^(str|int|float|bool|literal\[|tuple\[|constrained-|function-)"
+    return isinstance(part, str) and bool(re.match(tags, part))
 
 
 def _describe(item: Mapping[str, Any]) -> str:
@@ -175,8 +177,8 @@ def _describe(item: Mapping[str, Any]) -> str:
         known = list(model.model_fields) if model else []
         elsewhere = [place for place in _all_paths() if place.split(".")[-1] == key]
         near = [_sibling(path, name) for name in difflib.get_close_matches(key, known, n=1, cutoff=0.5)]
-        hint = [*elsewhere, *near][:1]
-        told = f"did you mean {hint[0]}?" if hint else f"known here: {', '.join(known)}"
+        guesses = [*elsewhere, *near]
+        told = f"did you mean {guesses[0]}?" if guesses else f"known here: {', '.join(known)}"
         return f"{path}: unknown key (value {found!r}); {told}"
     if item["type"] == "missing":
         return f"{path}: missing; expected {_meaning(model, key)}"
@@ -193,8 +195,15 @@ def _describe(item: Mapping[str, Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", type(None): "null",
-             dict: "keys", tuple: "a list"}
+    names = {
+        str: "a string",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        type(None): "null",
+        dict: "keys",
+        tuple: "a list",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -236,3 +245,19 @@ def _all_paths(model: type[pydantic.BaseModel] = Config, prefix: str = "") -> li
         section = _section_in(field.annotation)
         paths += _all_paths(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return paths
+
+
+def describe_keys(model: type[pydantic.BaseModel] = Config, prefix: str = "") -> str:
+    """Returns a line for every key: its path, its default, and what it means."""
+    lines = []
+    for name, field in model.model_fields.items():
+        section = _section_in(field.annotation)
+        if section:
+            item = "0." if typing.get_origin(field.annotation) is tuple else ""
+            lines.append(describe_keys(section, f"{prefix}{name}.{item}"))
+        else:
+            default = "required" if field.is_required() else f"= {field.get_default(call_default_factory=True)!r}"
+            choices = [a for a in typing.get_args(field.annotation) if isinstance(a, str)]
+            told = "; ".join(filter(None, [field.description or "", f"one of {', '.join(choices)}" if choices else ""]))
+            lines.append(f"{prefix + name:32} {default:24} {told}".rstrip())
+    return "\n".join(lines)

@@ -93,7 +93,7 @@ def _start_wandb(project: str, folder: pathlib.Path, config: dict[str, Any]) -> 
     try:
         import wandb
     except ImportError:
-        raise ValueError("log.wandb is set but wandb is not installed; run: pip install wandb, or unset log.wandb") from None
+        raise ValueError("log.wandb is set, but wandb is not installed; pip install wandb, or unset it") from None
     return wandb.init(project=project, dir=str(folder), config=config, resume="allow", id=folder.name)
 
 
@@ -139,6 +139,23 @@ class Terminal:
                 done.set()
                 thread.join()
         self.say(f"{what}: {time.perf_counter() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def counting(self, what: str, *, unit: str = "rows") -> Iterator[Any]:
+        """Gives a callback (done, total) that shows how far work has come; says nothing if it is never called."""
+        start = last = time.perf_counter()
+
+        def seen(done: int, total: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if now - last > (0.2 if self.interactive else 10.0):
+                last = now
+                told = f"{what}: {done:,} of {total:,} {unit}, {duration(now - start)}"
+                status.update(told) if status else self.say(told)
+
+        status = self._console.status(what) if self.interactive else None
+        with status or contextlib.nullcontext():
+            yield seen
 
     @contextlib.contextmanager
     def bar(self, total: int, *, done: int = 0) -> Iterator["Bar"]:

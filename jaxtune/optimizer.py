@@ -61,7 +61,7 @@ def make_optimizer(config: Config, steps: int, trainable: nnx.State) -> optax.Gr
         ValueError: no such optimizer, or it does not take one of the options given.
     """
     settings = config.optimizer
-    make = getattr(optax, settings.name, None)
+    make: Any = getattr(optax, settings.name, None)
     parameters = inspect.signature(make).parameters if inspect.isfunction(make) else {}
     if "learning_rate" not in parameters:
         names = [name for name in dir(optax) if _makes_optimizer(getattr(optax, name))]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 ReadRows = Callable[[int, int], np.ndarray]
 
 
@@ -55,13 +56,17 @@ def _row_sharding(rows: int, sharding: Sharding) -> Sharding:
 
 @functools.cache
 def _putter(transpose: bool, dtype: Any, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda rows: _turn(rows, transpose).astype(dtype), out_shardings=sharding)
+    return jax.jit(lambda rows: _move(rows, transpose, sharding).astype(dtype), out_shardings=sharding)
 
 
 @functools.cache
 def _filler(transpose: bool, sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
     def fill(stack: jax.Array, rows: jax.Array, layer: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, _turn(rows, transpose).astype(stack.dtype), layer, 0)
+        one_layer = sharding
+        if isinstance(sharding, NamedSharding):
+            one_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        moved = _move(rows, transpose, one_layer).astype(stack.dtype)
+        return jax.lax.dynamic_update_index_in_dim(stack, moved, layer, 0)
 
     return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
@@ -69,6 +74,15 @@ def _filler(transpose: bool, sharding: Sharding) -> Callable[[jax.Array, jax.Arr
 @functools.cache
 def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+def _move(rows: jax.Array, transpose: bool, sharding: Sharding) -> jax.Array:
+    """Transposes and reshards, moving bits: a CPU widens bfloat16 to float32 to send it, at twice the memory."""
+    if not isinstance(sharding, NamedSharding):
+        return _turn(rows, transpose)
+    bits = jax.lax.bitcast_convert_type(rows, UNSIGNED[rows.dtype.itemsize])
+    bits = jax.lax.with_sharding_constraint(_turn(bits, transpose), sharding)
+    return jax.lax.bitcast_convert_type(bits, rows.dtype)
 
 
 def _turn(array: jax.Array, transpose: bool) -> jax.Array:

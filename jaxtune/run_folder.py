@@ -17,9 +17,21 @@ DEAD_AFTER_SECONDS = 180.0  # nine missed heartbeats: a host that still breathes
 
 # What may differ between a run and its continuation: how long, how it is watched, and how (not what) is computed.
 MAY_CHANGE = (
-    "output", "train.epochs", "train.steps", "train.microbatch_rows", "train.max_bad_steps",
-    "train.preempted_exit_code", "log", "eval", "checkpoint", "export", "mesh", "model.attention", "model.remat",
-    "data.workers", "data.max_lost",
+    "output",
+    "train.epochs",
+    "train.steps",
+    "train.microbatch_rows",
+    "train.max_bad_steps",
+    "train.preempted_exit_code",
+    "log",
+    "eval",
+    "checkpoint",
+    "export",
+    "mesh",
+    "model.attention",
+    "model.remat",
+    "data.workers",
+    "data.max_lost",
 )
 
 
@@ -39,7 +51,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise ValueError(f"output: {path} cannot be a run's folder ({error}); expected a folder to write to") from None
+            raise ValueError(f"output: {path} cannot be written ({error}); expected a folder of its own") from None
         self._pulse = threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat")
         self._pulse.start()
 
@@ -161,7 +173,7 @@ def _process_start(pid: int) -> str | None:
     """Returns what tells a process from a later one of the same number, or None when there is no such process."""
     stat = pathlib.Path(f"/proc/{pid}/stat")
     if stat.exists():
-        return stat.read_text().rpartition(")")[2].split()[19]  # start time in clock ticks since boot: proc(5), field 22
+        return stat.read_text().rpartition(")")[2].split()[19]  # proc(5), field 22: start in ticks since boot
     if pathlib.Path("/proc/self").exists():
         return None
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "context", "expert")
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
@@ -88,7 +88,7 @@ def check_batch(rows: int, mesh: Mesh, *, key: str = "train.batch_rows") -> None
         )
 
 
-def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns how a parameter with these logical axes lies on the mesh.
 
     A dimension that its mesh axis does not divide stays whole (an odd vocabulary, a single kv head): correct
@@ -172,12 +172,5 @@ def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any)
 
 
 def create_on_mesh(make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
-    """Runs `make(*args)` compiled, every result created where `shardings` says, so that no leaf strays on one device."""
+    """Runs `make(*args)` compiled, every result created where `shardings` says: no leaf strays on one device."""
     return jax.jit(make, out_shardings=shardings)(*args)
-
-
-def global_array(host_rows: np.ndarray, sharding: NamedSharding, rows: int) -> jax.Array:
-    """Forms the global `[rows ...]` array from the rows that this process holds, in order."""
-    if jax.process_count() == 1:
-        return jax.device_put(host_rows, sharding)
-    return jax.make_array_from_process_local_data(sharding, host_rows, (rows, *host_rows.shape[1:]))

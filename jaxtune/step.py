@@ -54,8 +54,8 @@ class EvalSums(NamedTuple):
 class Compute(NamedTuple):
     """How the model is computed; nothing in it changes what is computed beyond rounding.
 
-    `attention` is a resolved kernel of `models.attention`; `remat` one of its policies' names; `microbatches` the number
-    of parts that a batch is computed in; `train_head` whether the unembedding is among the trained variables.
+    `attention` is a resolved kernel of `models.attention`; `remat` names a policy of the decoder; `microbatches` is the
+    number of parts that a batch is computed in; `train_head` says whether the unembedding is trained.
     """
 
     dtype: Any
@@ -237,8 +237,10 @@ def compile_train_step(
     return jitted.lower(state, frozen, batch).compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
 
 
-def compile_eval_step(eval_step: Callable, trainable: nnx.State, frozen: nnx.State, batch: Batch, *, platform: str) -> Any:
+def compile_eval_step(
+    eval_step: Callable, trainable: nnx.State, frozen: nnx.State, batch: Batch, *, platform: str
+) -> Any:
     """Compiles an evaluation for arguments that carry shardings."""
-    return jax.jit(eval_step).lower(trainable, frozen, batch).compile(
-        compiler_options=COMPILER_OPTIONS.get(platform, {})
+    return (
+        jax.jit(eval_step).lower(trainable, frozen, batch).compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
     )

@@ -27,8 +27,14 @@ def _textbook(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: j
     return jnp.sum(nll * weights), nll
 
 
-MESHES = [None, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8},
-          {"fsdp": 2, "context": 2, "tensor": 2}]
+MESHES = [
+    None,
+    {"fsdp": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"tensor": 8},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+]
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -68,9 +74,7 @@ def test_a_batch_without_trained_tokens_costs_nothing_and_has_no_gradient() -> N
     hidden, head, targets, weights = (x.astype(jnp.float32) for x in _inputs(64))
 
     def total(hidden: jax.Array) -> jax.Array:
-        return token_losses(
-            hidden, head, targets=targets.astype(int), weights=0 * weights, train_head=True
-        ).total
+        return token_losses(hidden, head, targets=targets.astype(int), weights=0 * weights, train_head=True).total
 
     value, gradient = jax.value_and_grad(total)(hidden)
     assert value == 0 and not np.any(gradient)
@@ -78,8 +82,15 @@ def test_a_batch_without_trained_tokens_costs_nothing_and_has_no_gradient() -> N
 
 def test_logits_of_the_whole_batch_never_exist() -> None:
     V = 4096
-    hidden, head, targets, weights = (jax.ShapeDtypeStruct(s, d) for s, d in (
-        ((8, 512, 16), jnp.float32), ((16, V), jnp.float32), ((8, 512), jnp.int32), ((8, 512), jnp.float32)))
+    hidden, head, targets, weights = (
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in (
+            ((8, 512, 16), jnp.float32),
+            ((16, V), jnp.float32),
+            ((8, 512), jnp.int32),
+            ((8, 512), jnp.float32),
+        )
+    )
 
     def total(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         return token_losses(hidden, head, targets=targets, weights=weights, train_head=True, chunk=256).total

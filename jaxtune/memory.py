@@ -1,0 +1,44 @@
+"""What to say when a device has too little memory."""
+
+from typing import Any
+
+from jaxtune.config import Config
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether XLA ended a computation or a compilation for lack of device memory."""
+    text = str(error)
+    return type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError") and (
+        "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text
+    )
+
+
+def explain_out_of_memory(config: Config, analysis: Any, error: BaseException) -> str:
+    """Returns what filled the device and three settings that help, each with its effect.
+
+    Args:
+        analysis: the compiled step's memory analysis (bytes per device), or None when it did not compile.
+        error: the error that XLA raised.
+    """
+    rows = config.train.microbatch_rows or config.train.batch_rows
+    lines = ["out of device memory."]
+    if analysis is not None:
+        gib = 2**30
+        lines.append(
+            f"Each device holds {analysis.argument_size_in_bytes / gib:.2f} GiB of weights, optimizer state and batch, "
+            f"and the step needs {analysis.temp_size_in_bytes / gib:.2f} GiB beside them for activations and gradients."
+        )
+    lines.append(f"XLA said: {str(error).splitlines()[0][:300]}")
+    lines.append("Settings that help, the cheapest first:")
+    if rows > 1:
+        lines.append(
+            f"  train.microbatch_rows={rows // 2}   halves activations ({rows} rows at once now), same result"
+        )
+    if config.model.remat != "full":
+        lines.append("  model.remat=full          keeps one activation a layer; a step takes about 1.3 times as long")
+    if config.tuning.method == "full":
+        lines.append("  tuning.method=lora        no optimizer state for the weights: about 6 bytes instead of 16 each")
+    length = config.data.max_length or 2048
+    lines.append(f"  data.max_length={length // 2}      halves activations; longer rows then go by data.overlong")
+    lines.append("  mesh.fsdp=-1              splits weights and optimizer over all devices: more devices, less each")
+    return "\n".join(lines)

@@ -1,0 +1,317 @@
+"""A run from its configuration to the folders it exports, told in the order things happen."""
+
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxtune import adapters, assembly, card, hub
+from jaxtune.batch import Batch
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.config import Config
+from jaxtune.convert.folder import HFFolder, open_folder
+from jaxtune.convert.hf import export_folder
+from jaxtune.convert.peft import export_adapter
+from jaxtune.data.loader import Stream, open_eval_stream, open_stream
+from jaxtune.data.templates import ChatTemplate, load_template, load_tokenizer
+from jaxtune.loop import Loop, Outcome
+from jaxtune.metrics import MetricsLog, Terminal, duration
+from jaxtune.optimizer import make_optimizer, warmup_steps
+from jaxtune.run_folder import RunFolder
+from jaxtune.sharding import batch_sharding, check_batch, create_on_mesh, make_mesh
+from jaxtune.step import (
+    TrainState,
+    compile_eval_step,
+    compile_train_step,
+    initial_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
+
+
+class Result(NamedTuple):
+    """How a run ended. `loss` and `eval_loss` are the last ones, in nats; None where there was none."""
+
+    exit_code: int
+    step: int
+    loss: float | None
+    eval_loss: float | None
+    output: str
+    hf: str | None
+    adapter: str | None
+
+
+class Inputs(NamedTuple):
+    """What a run starts from: the base model's folder, its tokenizer's template, and the streams."""
+
+    base: HFFolder
+    template: ChatTemplate
+    max_length: int
+    stream: Stream | None
+    eval_stream: Stream | None
+
+
+def run(config: Config) -> Result:
+    """Runs a configuration to its end; see `jaxtune.train.train`."""
+    terminal = Terminal(quiet=jax.process_index() > 0)
+    _use_compilation_cache()
+    folder = RunFolder(config.output, say=terminal.say)
+    try:
+        with jax.set_mesh(make_mesh(config.mesh.model_dump())):
+            return _run(config, folder, terminal)
+    finally:
+        folder.release()
+
+
+def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
+    mesh = jax.sharding.get_mesh()
+    platform = mesh.devices.flat[0].platform
+    check_batch(config.train.microbatch_rows or config.train.batch_rows, mesh, key=_rows_key(config))
+
+    inputs, config = _open_inputs(config, folder, terminal)
+    steps = _count_steps(config, inputs.stream)
+    continues = folder.check_resume(config)
+    folder.write_config(config)
+
+    dtype, param_dtype = assembly.resolve_dtypes(config, platform)
+    plan = assembly.plan_model(
+        inputs.base.config, config.tuning, param_dtype=param_dtype or dtype, seed=config.seed, where=inputs.base.path
+    )
+    compute, attention_reason = assembly.resolve_compute(config, platform)
+    terminal.say(_describe_plan(config, plan, steps, attention_reason, inputs))
+
+    checkpoints = Checkpoints(str(folder.path / "checkpoints"), keep=config.checkpoint.keep)
+    optimizer = make_optimizer(config, max(steps, 1), plan.trainable)
+    state, frozen, saved = _load_state(config, plan, optimizer, inputs, checkpoints if continues else None, terminal)
+    start = saved["step"] if saved else 0
+    if start > steps:
+        raise ValueError(
+            f"train.steps: found {steps}, but {folder.path} is at step {start}; expected at least that many steps"
+        )
+
+    outcome = Outcome(step=start, loss=None, eval_loss=saved.get("eval_loss") if saved else None, exit_code=0)
+    if start < steps:
+        stream = inputs.stream
+        assert stream is not None  # _count_steps gives no steps without data
+        data_state = saved["data"] if saved else stream.initial_state()
+        example = _abstract_batch(config, inputs.max_length, mesh)
+        with terminal.working("compiling the training step"):
+            train_step = compile_train_step(
+                make_train_step(plan.graph, optimizer, compute), state, frozen, example, platform=platform
+            )
+        eval_step = None
+        if inputs.eval_stream is not None:
+            with terminal.working("compiling the evaluation"):
+                eval_step = compile_eval_step(
+                    make_eval_step(plan.graph, compute), state.trainable, frozen, example, platform=platform
+                )
+        log = MetricsLog(
+            folder.path,
+            resumed_step=start,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            config=config.model_dump(mode="json"),
+        )
+        for sentence in (*stream.warnings, *(inputs.eval_stream.warnings if inputs.eval_stream else ())):
+            terminal.warn(sentence)
+        loop = Loop(
+            config=config,
+            steps=steps,
+            train_step=train_step,
+            eval_step=eval_step,
+            stream=stream,
+            eval_stream=inputs.eval_stream,
+            checkpoints=checkpoints,
+            log=log,
+            terminal=terminal,
+            mesh=mesh,
+            flops_per_token=_flops_per_token(config, plan),
+        )
+        try:
+            state, outcome = loop.run(state, frozen, data_state, start=start, best=_best_loss(checkpoints))
+        finally:
+            log.close()
+    elif saved:
+        terminal.say(f"{folder.path} is already at step {start}; raise train.steps or train.epochs to go on")
+    checkpoints.close()
+    if outcome.exit_code:
+        terminal.say(f"stopped at step {outcome.step} of {steps}, saved; the same command goes on from there")
+        return Result(outcome.exit_code, outcome.step, outcome.loss, outcome.eval_loss, config.output, None, None)
+
+    hf, adapter = _export(config, folder, inputs, plan, state, frozen, outcome, terminal)
+    return Result(0, outcome.step, outcome.loss, outcome.eval_loss, config.output, hf, adapter)
+
+
+def _rows_key(config: Config) -> str:
+    return "train.microbatch_rows" if config.train.microbatch_rows else "train.batch_rows"
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled steps between runs, unless the user already says where."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(hub.cache_dir(), "xla"))
+
+
+def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple[Inputs, Config]:
+    """Opens model folder, tokenizer and data; returns them with the configuration's open values filled in."""
+    path = hub.resolve_folder(config.model.path, config.model.revision)
+    base = open_folder(path, needs_weights=config.model.init == "pretrained")
+    tokenizer = load_tokenizer(path)
+    positions = assembly.decoder_config(base).max_positions
+    max_length = config.data.max_length or min(2048, positions)
+    if max_length > positions:
+        raise ValueError(
+            f"data.max_length: found {max_length}; expected at most the model's {positions} positions "
+            f"(max_position_embeddings of {base.path})"
+        )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": max_length})})
+    if not config.data.train:
+        template = load_template(config.data.template, tokenizer) if tokenizer.chat_template else None
+        return Inputs(base, template, max_length, None, None), config  # type: ignore[arg-type]
+    options: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "output_dir": str(folder.path)}
+    with terminal.counting("reading the training data") as progress:
+        stream = open_stream(config, **options, progress=progress)
+    with terminal.counting("reading the evaluation data") as progress:
+        eval_stream = open_eval_stream(config, **options, progress=progress)
+    terminal.say(stream.describe())
+    if eval_stream is not None:
+        terminal.say(f"held out: {eval_stream.funnel.total('examples'):,} examples\n{eval_stream.funnel.table()}")
+    return Inputs(base, stream.maker.readers[0].template, max_length, stream, eval_stream), config
+
+
+def _count_steps(config: Config, stream: Stream | None) -> int:
+    """Returns the number of updates: as asked for, or as many as the epochs' packed rows make."""
+    if config.train.steps is not None:
+        return config.train.steps
+    if stream is None or stream.steps_per_run is None:
+        raise ValueError(
+            "train.steps: found none, and the data is too large to count its packed rows before the run; "
+            "expected the number of updates, e.g. train.steps=10000"
+        )
+    return stream.steps_per_run
+
+
+def _describe_plan(config: Config, plan: assembly.ModelPlan, steps: int, attention_reason: str, inputs: Inputs) -> str:
+    trainable, total = adapters.count(plan.trainable), adapters.count((plan.trainable, plan.frozen))
+    mesh = jax.sharding.get_mesh()
+    split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    tokens = config.train.batch_rows * inputs.max_length
+    method = f"lora r {config.tuning.rank} on {', '.join(plan.adapted)}" if plan.adapted else "full"
+    return "\n".join(
+        [
+            f"model {inputs.base.path}: {total:,} parameters, {trainable:,} of them trained "
+            f"({trainable / total:.2%}; {method})",
+            f"devices {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({split}); {attention_reason}",
+            f"{steps:,} steps of {config.train.batch_rows} rows x {inputs.max_length} = {tokens:,} tokens; "
+            f"{config.optimizer.name}, learning rate {config.learning_rate:g} {config.optimizer.schedule}, "
+            f"warm-up {warmup_steps(config, steps)} steps",
+            f"writes to {config.output}",
+        ]
+    )
+
+
+def _load_state(
+    config: Config,
+    plan: assembly.ModelPlan,
+    optimizer: Any,
+    inputs: Inputs,
+    checkpoints: Checkpoints | None,
+    terminal: Terminal,
+) -> tuple[TrainState, nnx.State, dict[str, Any] | None]:
+    """Returns (state, frozen weights, JSON of the checkpoint that the state came from, if any)."""
+    mesh = jax.sharding.get_mesh()
+    newest = checkpoints.newest_usable(terminal.warn) if checkpoints else None
+    loading: dict[str, Any] = {
+        "mesh": mesh,
+        "init": config.model.init,
+        "keep_file_dtypes": config.model.param_dtype == "file",
+    }
+    shardings = state_shardings(optimizer, plan.trainable, mesh)
+    with terminal.counting("loading the model", unit="bytes") as progress:
+        frozen = assembly.load_frozen(plan, inputs.base, **loading, progress=progress)
+        if newest is None or checkpoints is None:
+            trainable = assembly.load_trainable(plan, inputs.base, **loading, progress=progress)
+            state = create_on_mesh(lambda tree: initial_state(optimizer, tree), shardings, trainable)
+            return state, frozen, None
+    trainable = assembly.trainable_specs(plan, inputs.base, keep_file_dtypes=loading["keep_file_dtypes"])
+    abstract = jax.eval_shape(lambda tree: initial_state(optimizer, tree), trainable)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    with terminal.working(f"restoring step {newest}"):
+        restored = checkpoints.restore(newest, placed)
+    return restored.state, frozen, restored.run
+
+
+def _abstract_batch(config: Config, max_length: int, mesh: Any) -> Batch:
+    shape, where = (config.train.batch_rows, max_length), batch_sharding(mesh)
+    ints = jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
+    return Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(shape, np.float32, sharding=where), ints)
+
+
+def _flops_per_token(config: Config, plan: assembly.ModelPlan) -> float:
+    """Returns model FLOPs of training on one token: 6 a parameter, 4 where weights get no gradient.
+
+    The embedding lookup costs none; attention's own part is left out, as in PaLM's appendix B for short rows.
+    """
+    total = adapters.count((plan.trainable, plan.frozen))
+    embedding = 0 if plan.config.tie_embeddings else plan.config.vocab_size * plan.config.width
+    return (6.0 if config.tuning.method == "full" else 4.0) * (total - embedding)
+
+
+def _best_loss(checkpoints: Checkpoints) -> float | None:
+    step = checkpoints.best_step()
+    return checkpoints.read_run(step).get("eval_loss") if step is not None else None
+
+
+def _export(
+    config: Config,
+    folder: RunFolder,
+    inputs: Inputs,
+    plan: assembly.ModelPlan,
+    state: TrainState,
+    frozen: nnx.State,
+    outcome: Outcome,
+    terminal: Terminal,
+) -> tuple[str | None, str | None]:
+    """Writes and re-opens OUTPUT/hf and OUTPUT/adapter; returns their paths."""
+    template = inputs.template
+    own = inputs.stream is None or template.name == "auto"
+    shared: dict[str, Any] = {"chat_template": None if own else template.template_text}
+    text = card.model_card(config, inputs.base, inputs.stream, outcome)
+    (folder.path / "README.md").write_text(text, encoding="utf-8")
+    hf = adapter = None
+    if plan.adapted and config.export.adapter:
+        adapter = str(folder.path / "adapter")
+        name, revision = card.base_identity(config, inputs.base)
+        with terminal.working(f"writing {adapter}"):
+            export_adapter(
+                inputs.base, state.trainable, adapter, base_name=name, revision=revision, readme=text, **shared
+            )
+    if config.export.hf:
+        hf = str(folder.path / "hf")
+        everything = nnx.merge_state(state.trainable, frozen)
+        stop_ids = tuple(template.stop_ids) if template is not None else ()
+        with terminal.working(f"writing {hf}"):
+            export_folder(inputs.base, everything, hf, stop_ids=stop_ids, **shared)
+    terminal.say(_summary(outcome, hf, adapter))
+    return hf, adapter
+
+
+def _summary(outcome: Outcome, hf: str | None, adapter: str | None) -> str:
+    numbers = [f"done at step {outcome.step}"]
+    if outcome.loss is not None:
+        numbers.append(f"loss {outcome.loss:.4f}")
+    if outcome.eval_loss is not None:
+        numbers.append(f"held-out loss {outcome.eval_loss:.4f}")
+    if outcome.seconds:
+        numbers.append(f"{outcome.tokens:,} tokens in {duration(outcome.seconds)}")
+    written = [path for path in (hf, adapter) if path]
+    lines = ["; ".join(numbers), *(f"wrote {path}" for path in written)]
+    if written:
+        lines.append(f"ask it: python -m jaxtune.chat {pathlib.Path(written[0])}")
+    return "\n".join(lines)
