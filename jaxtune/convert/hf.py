@@ -117,6 +117,8 @@ def load_params(
     default = placement.default_sharding()
     arrays: dict[Path, jax.Array] = {}
     wanted = [info for info in folder.tensors.values() if info.name in table and not table[info.name].optional]
+    # Largest first, while most room is left: resharding holds a few copies of one tensor for a moment.
+    wanted.sort(key=lambda info: info.start - info.stop)
     total, done = sum(info.stop - info.start for info in wanted), 0
     for info in wanted:
         place = table[info.name]
