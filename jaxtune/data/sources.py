@@ -53,10 +53,10 @@ def open_source(config: SourceConfig, *, cache_dir: str | None = None) -> Source
     cache = cache_dir or hub.cache_dir()
     path = os.path.expanduser(config.path)
     if os.path.isdir(path) and any(os.path.exists(os.path.join(path, f)) for f in ("state.json", "dataset_dict.json")):
-        return HubDataset(_choose_split(datasets.load_from_disk(path), config), name=config.path)
+        return HubDataset(*_choose_split(datasets.load_from_disk(path), config), path=config.path)
     local = config.path.startswith(hub.BUILTIN) or hub.is_url(path) or os.path.exists(path)
     if not local and hub.is_hub_id(config.path):
-        return HubDataset(_load_hub_dataset(config), name=config.path)
+        return HubDataset(*_load_hub_dataset(config), path=config.path)
     for key in ("name", "split", "revision"):
         if config.model_dump()[key] is not None:
             raise ValueError(f"{config.path}: found {key}, but plain files have none; it is for datasets of the hub")
@@ -182,13 +182,13 @@ class ArrowRows:
 class HubDataset:
     """Rows of a `datasets.Dataset`, saved on disk or from the hub."""
 
-    def __init__(self, dataset: Any, *, name: str) -> None:
+    def __init__(self, dataset: Any, split: str | None, *, path: str) -> None:
         self.dataset = dataset
-        self.name = f"{name}[{dataset.split}]" if dataset.split is not None else name
+        self.name = path if split is None else f"{path}[{split}]"
         # The library's own fingerprint depends on how its cache was made, so rows speak for themselves.
         probe = sorted({k * len(dataset) // 64 for k in range(64)}) if len(dataset) else []
         rows = json.dumps([dataset[i] for i in probe], sort_keys=True, default=str)
-        self.fingerprint = _digest(name, str(dataset.split), str(len(dataset)), str(dataset.features), rows)
+        self.fingerprint = _digest(self.name, str(len(dataset)), str(dataset.features), rows)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -203,7 +203,7 @@ class HubDataset:
         return json.dumps(self.row(i), ensure_ascii=False, default=str)
 
 
-def _load_hub_dataset(config: SourceConfig) -> Any:
+def _load_hub_dataset(config: SourceConfig) -> tuple[Any, str | None]:
     try:
         return _choose_split(datasets.load_dataset(config.path, config.name, revision=config.revision), config)
     except ValueError:
@@ -212,16 +212,20 @@ def _load_hub_dataset(config: SourceConfig) -> Any:
         raise ValueError(hub.hub_problem(config.path, error, kind="dataset", revision=config.revision)) from error
 
 
-def _choose_split(loaded: Any, config: SourceConfig) -> Any:
+def _choose_split(loaded: Any, config: SourceConfig) -> tuple[Any, str | None]:
+    """The split asked for, `train`, or the only one; with its name where there is one."""
     if not isinstance(loaded, dict):
-        if config.split is not None and str(loaded.split) != config.split:
-            raise ValueError(f"{config.path}: found one split, {loaded.split}; expected split {config.split!r}")
-        return loaded
+        only = None if loaded.split is None else str(loaded.split)
+        if config.split not in (None, only):
+            raise ValueError(
+                f"{config.path}: found {only or 'a dataset without splits'}; expected split {config.split!r}"
+            )
+        return loaded, only
     split = config.split or ("train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else None)
     if split not in loaded:
         found = ", ".join(loaded)
         raise ValueError(f"{config.path}: split {split!r} is not there; found {found}; set `split` to one of these")
-    return loaded[split]
+    return loaded[split], split
 
 
 def _open_file(file: str, cache: str) -> Source:
