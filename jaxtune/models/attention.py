@@ -125,15 +125,14 @@ def _splash_kernel(length: int, group: int, window: int | None, interpret: bool)
         block_kv_dkv_compute=_block(long_block, 512),
         use_fused_bwd_kernel=True,
     )
-    with jax.ensure_compile_time_eval():
-        return splash_attention.make_splash_mqa(
-            splash_attention.splash_attention_mask.MultiHeadMask([mask] * group),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            residual_checkpoint_name="attention",
-            interpret=interpret,
-        )
+    return splash_attention.make_splash_mqa(
+        splash_attention.splash_attention_mask.MultiHeadMask([mask] * group),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
 
 
 def _block(length: int, limit: int) -> int:

@@ -15,7 +15,7 @@ KERNELS = ["xla", "splash_interpreted"]
 A, B, T = slice(1, 10), slice(10, 23), 25
 
 
-@pytest.fixture(scope="module", params=["llama31", "qwen25", "mistral"])
+@pytest.fixture(scope="module", params=["llama31", "qwen25"])
 def decoder(request, tmp_path_factory):
     return models_helpers.load(hf_folders.tiny_folder(request.param, tmp_path_factory.mktemp("model")))[0]
 
