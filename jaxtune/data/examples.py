@@ -120,7 +120,7 @@ class RowReader:
         elif self.options.overlong == "drop":
             pieces = []
         elif self.options.overlong == "truncate_right":
-            pieces = [_cut(rendered, 0, longest, self.template.end_id)]
+            pieces = [_without_end(_cut(rendered, 0, longest))]
         elif self.options.overlong == "truncate_turns":
             pieces = self._newest_turns(conversation, longest)
         else:
@@ -154,7 +154,7 @@ class RowReader:
         """
         system, rounds = _rounds(conversation)
         if len(rounds) < 2:
-            return _pieces(whole, longest, self.template.end_id)
+            return _pieces(whole, longest)
         out: list[Rendered] = []
         group: list[tuple[Message, ...]] = []
         done: Rendered | None = None
@@ -167,7 +167,7 @@ class RowReader:
                 group, done = [*group, turn], tried
                 continue
             if done is not None:
-                out += [done] if len(done.tokens) <= longest else _pieces(done, longest, self.template.end_id)
+                out += [done] if len(done.tokens) <= longest else _pieces(done, longest)
             if turn is not None:
                 quiet = tuple(dataclasses.replace(m, weight=0.0) for m in system)
                 group, done = [turn], self.render(Conversation((*quiet, *turn), conversation.meta))
@@ -199,17 +199,21 @@ def _rounds(conversation: Conversation) -> tuple[tuple[Message, ...], list[tuple
     return system, rounds
 
 
-def _pieces(rendered: Rendered, longest: int, end_id: int) -> list[Rendered]:
-    cuts = range(0, len(rendered.tokens) - 1, longest - 1)
-    return [_cut(rendered, first, first + longest, end_id) for first in cuts]
+def _pieces(rendered: Rendered, longest: int) -> list[Rendered]:
+    return [_cut(rendered, first, first + longest) for first in range(0, len(rendered.tokens) - 1, longest - 1)]
 
 
-def _cut(rendered: Rendered, first: int, last: int, end_id: int) -> Rendered:
-    """Tokens first .. last - 1; answers are counted where their end is."""
-    tokens, weights = rendered.tokens[first:last], rendered.weights[first:last]
-    if rendered.turns != rendered.stops:
-        stops, turns = 0, 1  # how many ends lie in here is not known without the text; one answer at least does
-    else:
-        stops = turns = int(np.count_nonzero((tokens[1:] == end_id) & (weights[1:] > 0)))
-        turns += int(weights[-1:].any() and tokens[-1] != end_id)
-    return dataclasses.replace(rendered, tokens=tokens, weights=weights, turns=turns, stops=stops)
+def _cut(rendered: Rendered, first: int, last: int) -> Rendered:
+    """Tokens first .. last - 1, and the answers that end among their targets."""
+    ends = tuple((i - first, stops) for i, stops in rendered.ends if first < i < last)
+    return dataclasses.replace(
+        rendered, tokens=rendered.tokens[first:last], weights=rendered.weights[first:last], ends=ends
+    )
+
+
+def _without_end(rendered: Rendered) -> Rendered:
+    """Counts the answer that a cut left without its end, so that the funnel shows it."""
+    last = len(rendered.tokens) - 1
+    if rendered.weights[last] == 0 or any(i == last for i, _ in rendered.ends):
+        return rendered
+    return dataclasses.replace(rendered, ends=(*rendered.ends, (last, False)))

@@ -148,8 +148,8 @@ class Stream:
     """Batches with exact state, and what is known about them beforehand.
 
     `steps_per_run`: batches until the plan's epochs are seen, None when rows are too many to count beforehand (then
-    `train.steps` must say) or when `train.steps` says so: then batches never end. `fill`: share of positions that hold
-    a token, None where not counted. `warnings` are sentences for just before step 1.
+    `train.steps` must say) or when `train.steps` says so: then batches never end. `rows_of_windows` int64, where
+    counted. `fill`: share of positions that hold a token. `warnings` are sentences for just before step 1.
     """
 
     maker: WindowMaker
@@ -158,7 +158,7 @@ class Stream:
     funnel: funnel.Funnel
     source_names: tuple[str, ...]
     layouts: tuple[formats.Layout, ...]
-    steps_per_run: int | None
+    rows_of_windows: np.ndarray | None
     fill: float | None
     warnings: tuple[str, ...]
     fingerprint: str
@@ -167,9 +167,17 @@ class Stream:
     output_dir: str | None
 
     @property
-    def ends(self) -> bool:
-        """Whether `batches` ends by itself, after `steps_per_run` batches."""
-        return self.maker.total is not None
+    def steps_per_run(self) -> int | None:
+        """Batches from the first to the last, None when they never end."""
+        return self.steps_left(self.initial_state())
+
+    def steps_left(self, state: Mapping[str, Any]) -> int | None:
+        """Batches from `state` to the end, the same on every host; None when they never end."""
+        if self.rows_of_windows is None:
+            return None
+        lanes = len(state["lanes"])
+        left = [int(self.rows_of_windows[w::lanes].sum()) - row for w, row in state["lanes"]]
+        return max(-(-rows // (self.batch_rows // lanes)) for rows in left)
 
     def initial_state(self) -> dict[str, Any]:
         """The state before the first batch; plain JSON."""
@@ -196,19 +204,20 @@ class Stream:
                 f"train.batch_rows: found {self.batch_rows}; expected a multiple of the run's {lanes} lanes"
             )
         needed = sorted({i * lanes // self.batch_rows for i in rows})
-        cursors = {lane: list(state["lanes"][lane] or ()) for lane in needed}
-        missing = [lane for lane, cursor in cursors.items() if not cursor]
+        missing = [lane for lane, cursor in enumerate(state["lanes"]) if cursor is None]
         if missing:
             raise ValueError(f"this state knows nothing of lanes {missing}: join the hosts' states with merge_states")
-        return self._run(int(state["batch"]), lanes, rows, cursors)
+        cursors = {lane: list(state["lanes"][lane]) for lane in needed}
+        return self._run(int(state["batch"]), self.steps_left(state), lanes, rows, cursors)
 
     def _run(
-        self, batch: int, lanes: int, rows: range, cursors: dict[int, list[int]]
+        self, batch: int, left: int | None, lanes: int, rows: range, cursors: dict[int, list[int]]
     ) -> Iterator[tuple[HostBatch, dict[str, Any]]]:
         windows = self._windows(lanes, {lane: window for lane, (window, _) in cursors.items()})
         waiting: dict[int, collections.deque[tuple[int, Window]]] = {lane: collections.deque() for lane in cursors}
         share = self.batch_rows // lanes
-        while not (self.ends and self.steps_per_run is not None and batch >= self.steps_per_run):
+        last = None if left is None else batch + left
+        while last is None or batch < last:
             taken = {lane: self._take(lane, cursors[lane], share, lanes, waiting, windows) for lane in cursors}
             # Row i is row i - lane * share of its lane's portion.
             picked = [taken[i * lanes // self.batch_rows][i % share] for i in rows]
@@ -485,9 +494,7 @@ def _stream(
 ) -> Stream:
     batch_rows = config.train.batch_rows
     number = lanes if isinstance(lanes, int) else _lanes(config, maker, counted.funnel)
-    steps, fill = None, None
-    if exact and maker.total is not None:
-        steps, fill = _plan(maker, counted.tables, number, batch_rows)
+    counts, fill = _plan(maker, counted.tables) if exact and maker.total is not None else (None, None)
     return Stream(
         maker=maker,
         batch_rows=batch_rows,
@@ -495,7 +502,7 @@ def _stream(
         funnel=counted.funnel,
         source_names=source_names(chosen),
         layouts=tuple(reader.layout for reader in maker.readers),
-        steps_per_run=steps,
+        rows_of_windows=counts,
         fill=fill,
         warnings=tuple(counted.funnel.warnings()),
         fingerprint=_fingerprint(config, maker, chosen),
@@ -517,15 +524,14 @@ def _lanes(config: Config, maker: WindowMaker, counted: funnel.Funnel) -> int:
     return max(n for n in (1, 2, 4, 8) if n == 1 or (rows % n == 0 and windows >= n * _MIN_WINDOWS_PER_LANE))
 
 
-def _plan(maker: WindowMaker, tables: Sequence[funnel.RowTable], lanes: int, batch_rows: int) -> tuple[int, float]:
-    """Batches of the run, and the share of positions filled, by packing all windows from the measured lengths."""
-    rows_of_lane, tokens = [0] * lanes, 0
+def _plan(maker: WindowMaker, tables: Sequence[funnel.RowTable]) -> tuple[np.ndarray, float]:
+    """Rows of every window of the run, and the share of positions filled, by packing all measured lengths."""
+    counts, tokens = [], 0
     for window in range(maker.count or 0):
         lengths = window_lengths(maker.draw(window), tables)
         tokens += sum(lengths)
-        rows_of_lane[window % lanes] += len(maker.pack(lengths, window))
-    steps = max(-(-rows // (batch_rows // lanes)) for rows in rows_of_lane)
-    return steps, tokens / max(1, sum(rows_of_lane) * maker.length)
+        counts.append(len(maker.pack(lengths, window)))
+    return np.array(counts, np.int64), tokens / max(1, sum(counts) * maker.length)
 
 
 def window_lengths(draws: mixture.Draws, tables: Sequence[funnel.RowTable]) -> list[int]:

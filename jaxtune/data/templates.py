@@ -37,15 +37,25 @@ class Rendered:
     """A conversation as the model sees it.
 
     `tokens` int32 [n] and `weights` float32 [n], aligned: how much predicting this token counts. `spans` are
-    (start, end, weight) in `text`. Of `turns` trained answers, `stops` train their end-of-turn token.
+    (start, end, weight) in `text`. `ends` has, for each trained answer, the number of its last token and whether that
+    is the end-of-turn token, trained.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     text: str
     spans: tuple[tuple[int, int, float], ...]
-    turns: int
-    stops: int
+    ends: tuple[tuple[int, bool], ...]
+
+    @property
+    def turns(self) -> int:
+        """Trained answers."""
+        return len(self.ends)
+
+    @property
+    def stops(self) -> int:
+        """Trained answers whose end-of-turn token is trained too."""
+        return sum(stops for _, stops in self.ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +256,9 @@ class ChatTemplate:
             weights[start < max((span[1] for span in spans), default=0)] = 1.0
         for first, stop, weight in spans:
             weights[(start < stop) & (end > first)] = weight
-        trained_stop = end[(ids == self.end_id) & (weights > 0)]
-        stops = sum(turn.has_stop and bool((trained_stop == turn.end).any()) for turn in answers)
-        return Rendered(ids, weights, text, tuple(s for s in spans if s[2] > 0 and s[1] > s[0]), len(answers), stops)
+        last = [int(np.searchsorted(start, turn.end)) - 1 for turn in answers]
+        ends = tuple((i, bool(ids[i] == self.end_id and weights[i] > 0)) for i in last)
+        return Rendered(ids, weights, text, tuple(s for s in spans if s[2] > 0 and s[1] > s[0]), ends)
 
     def _fill(self, text: str, messages: tuple[Message, ...]) -> list[Turn] | None:
         """Turns of `text` by filling the skeleton of these roles with the contents; None when the two differ."""
