@@ -66,7 +66,8 @@ class Loop:
     ) -> tuple[TrainState, Outcome]:
         """Does updates `start` + 1 to `steps`, or fewer when a signal comes.
 
-        The numbers of an update are read while the next one computes, so the device never waits for the host.
+        On an accelerator the numbers of an update are read while the next one computes, so that the device never waits
+        for the host; a CPU computes when asked, and waiting would only put the numbers down to the wrong update.
 
         Args:
             data_state: the stream's state after update `start`.
@@ -82,6 +83,7 @@ class Loop:
         every_eval = choose_eval_interval(self.config, self.steps)
         began, tokens, step, loss = time.perf_counter(), 0, start, None
         done: Done | None = None
+        runs_ahead = self.mesh.devices.flat[0].platform != "cpu"
         batches = self.stream.batches(data_state)
         with self.terminal.bar(self.steps, done=start) as bar, _signals() as caught:
             for step in range(start + 1, self.steps + 1):
@@ -99,12 +101,15 @@ class Loop:
                 self._meter.count(
                     tokens_all=batch.arrays.tokens.size, tokens=real, trained_tokens=trained, waited=waited
                 )
+                if not runs_ahead:
+                    loss, done = self._watch(done, bar), None
                 evaluates = self.eval_step is not None and (step % every_eval == 0 or step == self.steps)
                 every = self.config.checkpoint.every_steps
                 saves = bool(every and step % every == 0)
                 if evaluates or saves or step == self.steps or caught:
-                    with self._memory_explained():
-                        loss, done = self._watch(done, bar), None
+                    if done is not None:
+                        with self._memory_explained():
+                            loss, done = self._watch(done, bar), None
                     if evaluates and not caught:
                         saves |= self._evaluate(step, state, frozen)
                     if saves or step == self.steps or caught:

@@ -1,0 +1,109 @@
+"""Compiles the training step of a published model's shape for TPUs that are not here, and says whether it fits.
+
+    python tools/compile_for_tpu.py --shape llama-3.1-8b --method lora --topology v5p:2x2x2 --rows 2 --hlo step.txt
+
+Needs the `plan` extra (libtpu). Weights are shapes only; the step is the one that `jaxtune.train` runs. Prints one JSON
+object: seconds to compile, GiB per chip (arguments, temporaries), and the text of the optimized module goes to --hlo.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from jaxtune import adapters, assembly
+from jaxtune.batch import Batch
+from jaxtune.config import Config
+from jaxtune.decode import decode
+from jaxtune.optimizer import make_optimizer
+from jaxtune.sharding import batch_sharding, make_mesh, parameter_shardings
+from jaxtune.step import compile_train_step, initial_state, make_train_step, state_shardings
+
+LLAMA_3_1 = {
+    "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}  # fmt: skip
+SHAPES = {
+    "llama-3.1-8b": {**LLAMA_3_1, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32},
+    "llama-3.1-70b": {**LLAMA_3_1, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                      "num_attention_heads": 64},
+    "llama-small": {**LLAMA_3_1, "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024,
+                    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+}  # fmt: skip
+
+
+def compile_step(config: Config, shape: dict, *, devices: list, length: int) -> jax.stages.Compiled:
+    """Compiles the update of `config` on a model of `shape` for (abstract) TPU devices."""
+    mesh = make_mesh(config.mesh.model_dump(), devices)
+    dtype, param_dtype = assembly.resolve_dtypes(config, "tpu")
+    plan = assembly.plan_model(shape, config.tuning, param_dtype=param_dtype or dtype, seed=0, where="shape")
+    compute, _ = assembly.resolve_compute(config, "tpu")
+    optimizer = make_optimizer(config, 1000, plan.trainable)
+    abstract = jax.eval_shape(lambda tree: initial_state(optimizer, tree), plan.trainable)
+    state = _placed(abstract, state_shardings(optimizer, plan.trainable, mesh))
+    frozen = _placed(plan.frozen, parameter_shardings(plan.frozen, mesh))
+    where = batch_sharding(mesh)
+    ints = jax.ShapeDtypeStruct((config.train.batch_rows, length), np.int32, sharding=where)
+    batch = Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(ints.shape, np.float32, sharding=where), ints)
+    print(f"{adapters.count(plan.trainable):,} trained parameters", flush=True)
+    with jax.set_mesh(mesh):  # tracing only: nothing can run on devices that are not here
+        return compile_train_step(
+            make_train_step(plan.graph, optimizer, compute), state, frozen, batch, platform="tpu"
+        )
+
+
+def _placed(tree: object, shardings: object) -> object:
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+
+
+def main() -> None:
+    """Parses the command line, compiles, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--topology", default="v5p:2x2x2")
+    parser.add_argument("--rows", type=int, default=2, help="rows per chip")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--layers", type=int, help="another depth than the shape's")
+    parser.add_argument("--hlo", type=pathlib.Path)
+    parser.add_argument("settings", nargs="*", help="further key=value settings")
+    options = parser.parse_args()
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
+    devices = list(topology.devices)
+    shape = dict(SHAPES[options.shape])
+    if options.layers:
+        shape["num_hidden_layers"] = options.layers
+    rows = options.rows * len(devices)
+    config = decode(["model.path=shape", "output=none", "data.train.0.path=none", f"tuning.method={options.method}",
+                     f"train.batch_rows={rows}", *options.settings])  # fmt: skip
+    start = time.perf_counter()
+    compiled = compile_step(config, shape, devices=devices, length=options.length)
+    memory = compiled.memory_analysis()
+    if options.hlo:
+        options.hlo.write_text(compiled.as_text())
+    result = {
+        "shape": options.shape,
+        "method": options.method,
+        "topology": options.topology,
+        "jax": jax.__version__,
+        "tokens_per_chip": options.rows * options.length,
+        "compile_seconds": round(time.perf_counter() - start, 1),
+        "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
+        "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 2),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
