@@ -73,7 +73,7 @@ def test_truncate_right_needs_a_trained_token(read):
     (result,), _ = read({"messages": LONG}, max_length=70, overlong="truncate_right")
     (example,) = result.examples
     assert len(example.tokens) == 70 and example.weights.any()
-    assert (result.tokens, result.turns, result.stops) == (71, 3, 2)  # the third answer is cut
+    assert (result.tokens, result.turns, result.stops) == (71, 2, 1)  # the second answer is cut
     (none,), _ = read({"messages": LONG}, max_length=12, overlong="truncate_right")
     assert none.examples == []
 
