@@ -86,7 +86,7 @@ def splash(
         kernel = _splash_kernel(padded, q.shape[2], window, interpret)
         ids = splash_attention.SegmentIds(segments, segments)
         by_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        return jax.vmap(by_head)(q, k, v, splash_attention.SegmentIds(*ids))
+        return jax.vmap(by_head)(q, k, v, ids)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
