@@ -10,21 +10,16 @@ specially (reasoning blocks) are read by rendering prefixes instead.
 """
 
 import dataclasses
-import datetime
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import numpy as np
 import transformers
 
 from jaxtune.data.chat_templates import BOS, BUILT_INS
+from jaxtune.data.jinja_sandbox import chat_environment
 from jaxtune.data.records import Conversation, Message, RowError
 
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters: no template strips, splits or changes them
@@ -154,9 +149,10 @@ class ChatTemplate:
 
     def _compile(self) -> None:
         try:
-            self._jinja = _environment().from_string(self.text)
+            self._jinja = chat_environment().from_string(self.text)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"template {self.name}, line {error.lineno}: {error.message}") from error
+        self._names = dict(self.tokenizer.special_tokens_map)  # bos_token, eos_token, ...: what templates may name
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted(special | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
 
@@ -187,7 +183,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
+                **self._names,
             )
         except jinja2.TemplateError as error:
             raise RowError("refused by the template", f"template {self.name}: {error}") from error
@@ -447,33 +443,3 @@ def _next_content(messages: Sequence[Message], i: int) -> str:
 
 def _probe(role: str, i: int) -> dict[str, str]:
     return {"role": role, "content": _mark(i, "content")}
-
-
-class _GenerationBlocks(jinja2.ext.Extension):
-    """Lets `{% generation %}` stand in a template; what it encloses is rendered like all else."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja's own declaration)
-
-    def parse(self, parser: jinja2.parser.Parser) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Jinja as transformers documents it for chat templates: its white space rules, filters and functions."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
-    return environment

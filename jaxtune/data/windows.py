@@ -1,0 +1,135 @@
+"""Windows of draws: made by number alone, and the order in which lanes need them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data import funnel, mixture, packing
+from jaxtune.data.examples import RowReader
+
+
+class Window(NamedTuple):
+    """A packed window: its examples end to end, whose they are, and its rows.
+
+    `tokens`, `targets` int32 and `weights` float32 [sum of lengths]; `lengths` [examples]; `ids` int64 [examples 3] of
+    (source, row, epoch); row r holds examples `order[splits[r]:splits[r + 1]]`. `bad`: (source, row, message).
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    lengths: np.ndarray
+    ids: np.ndarray
+    order: np.ndarray
+    splits: np.ndarray
+    bad: tuple[tuple[int, int, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowMaker:
+    """Makes any window by its number; what workers run."""
+
+    readers: tuple[RowReader, ...]
+    draws: mixture.Mixture | mixture.InOrder
+    epoch_draws: int
+    total: int | None
+    size: int
+    length: int
+    packing: bool
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Windows in one epoch of the plan."""
+        return -(-self.epoch_draws // self.size)
+
+    @property
+    def count(self) -> int | None:
+        """Windows in all; None when the stream has no end."""
+        if self.total is None:
+            return None
+        epochs, rest = divmod(self.total, self.epoch_draws)
+        return epochs * self.per_epoch + -(-rest // self.size)
+
+    def draw(self, window: int) -> mixture.Draws:
+        """The draws of a window; none past the end."""
+        epoch, part = divmod(window, self.per_epoch)
+        first = epoch * self.epoch_draws + part * self.size
+        last = min(first + self.size, (epoch + 1) * self.epoch_draws)
+        if self.total is not None:
+            last = min(last, self.total)
+        return self.draws.block(first, max(0, last - first)) if last > first else self.draws.block(0, 0)
+
+    def pack(self, lengths: Sequence[int], window: int) -> list[list[int]]:
+        """Rows of the window's examples."""
+        return packing.pack_window(lengths, self.length, seed=self.seed, window=window, packing=self.packing)
+
+    def make(self, window: int) -> Window:
+        """Reads, renders, tokenises and packs a window."""
+        draws = self.draw(window)
+        results: list[Any] = [None] * len(draws.source)
+        for s in np.unique(draws.source).tolist():
+            at = np.flatnonzero(draws.source == s)
+            for i, result in zip(at.tolist(), self.readers[s].read(draws.row[at].tolist()), strict=True):
+                results[i] = result
+        examples, ids, bad = [], [], []
+        for i, result in enumerate(results):
+            name = (int(draws.source[i]), int(draws.row[i]), int(draws.epoch[i]))
+            examples += result.examples
+            ids += [name] * len(result.examples)
+            if result.bad:
+                bad.append((name[0], name[1], result.message))
+        rows = self.pack([len(e.tokens) for e in examples], window)
+        return Window(
+            tokens=np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in examples)]),
+            targets=np.concatenate([np.zeros(0, np.int32), *(e.targets for e in examples)]),
+            weights=np.concatenate([np.zeros(0, np.float32), *(e.weights for e in examples)]),
+            lengths=np.array([len(e.tokens) for e in examples], np.int64),
+            ids=np.array(ids, np.int64).reshape(-1, 3),
+            order=np.array([e for row in rows for e in row], np.int64),
+            splits=np.cumsum([0, *map(len, rows)]),
+            bad=tuple(bad),
+        )
+
+
+class LaneWindows:
+    """The windows that some lanes need from a state on, in the order of their numbers; a Grain data source."""
+
+    def __init__(self, maker: WindowMaker, *, lanes: int, at: Mapping[int, int]) -> None:
+        self.maker, self.lanes, self.mine = maker, lanes, sorted(at)
+        rounds = {lane: window // lanes for lane, window in at.items()}
+        self.level = max(rounds.values())
+        # Lanes drift apart by a few windows; those behind come first.
+        self.behind = sorted(k * lanes + lane for lane in self.mine for k in range(rounds[lane], self.level))
+
+    def __len__(self) -> int:
+        count = self.maker.count
+        rounds = (1 << 40) if count is None else max(0, -(-count // self.lanes) - self.level)
+        return len(self.behind) + rounds * len(self.mine)
+
+    def number(self, i: int) -> int:
+        if i < len(self.behind):
+            return self.behind[i]
+        k, lane = divmod(i - len(self.behind), len(self.mine))
+        return (self.level + k) * self.lanes + self.mine[lane]
+
+    def __getitem__(self, i: int) -> tuple[int, Window]:
+        number = self.number(int(i))
+        return number, self.maker.make(number)
+
+
+def window_lengths(draws: mixture.Draws, tables: Sequence[funnel.RowTable]) -> list[int]:
+    """Lengths of the examples of some draws, in the order of the draws."""
+    owner, found = [], []
+    for s in np.unique(draws.source).tolist():
+        at = np.flatnonzero(draws.source == s)
+        entries = np.searchsorted(tables[s].rows, draws.row[at])
+        lengths, counts = tables[s].examples_of(entries)
+        owner.append(np.repeat(at, counts))
+        found.append(lengths)
+    if not found:
+        return []
+    order = np.argsort(np.concatenate(owner), kind="stable")
+    return np.concatenate(found)[order].tolist()
