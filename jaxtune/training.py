@@ -46,10 +46,13 @@ class Result(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a run starts from: the base model's folder, its tokenizer's template, and the streams."""
+    """What a run starts from: the base model's folder, the chat template, and the streams.
+
+    `template` is None only for an import without data of a tokenizer without a template.
+    """
 
     base: HFFolder
-    template: ChatTemplate
+    template: ChatTemplate | None
     max_length: int
     stream: Stream | None
     eval_stream: Stream | None
@@ -73,8 +76,15 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     check_batch(config.train.microbatch_rows or config.train.batch_rows, mesh, key=_rows_key(config))
 
     inputs, config = _open_inputs(config, folder, terminal)
-    steps = _count_steps(config, inputs.stream)
-    continues = folder.check_resume(config)
+    checkpoints = Checkpoints(str(folder.path / "checkpoints"), keep=config.checkpoint.keep)
+    newest = checkpoints.newest_usable(terminal.warn) if folder.check_resume(config) else None
+    saved = checkpoints.read_run(newest) if newest is not None else None
+    steps = _count_steps(config, inputs.stream, saved)
+    start = saved["step"] if saved else 0
+    if start > steps:
+        raise ValueError(
+            f"train.steps: found {steps}, but {folder.path} is at step {start}; expected at least that many steps"
+        )
     folder.write_config(config)
 
     dtype, param_dtype = assembly.resolve_dtypes(config, platform)
@@ -84,14 +94,8 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     compute, attention_reason = assembly.resolve_compute(config, platform)
     terminal.say(_describe_plan(config, plan, steps, attention_reason, inputs))
 
-    checkpoints = Checkpoints(str(folder.path / "checkpoints"), keep=config.checkpoint.keep)
     optimizer = make_optimizer(config, max(steps, 1), plan.trainable)
-    state, frozen, saved = _load_state(config, plan, optimizer, inputs, checkpoints if continues else None, terminal)
-    start = saved["step"] if saved else 0
-    if start > steps:
-        raise ValueError(
-            f"train.steps: found {steps}, but {folder.path} is at step {start}; expected at least that many steps"
-        )
+    state, frozen = _load_state(config, plan, optimizer, inputs, checkpoints, newest, terminal)
 
     outcome = Outcome(step=start, loss=None, eval_loss=saved.get("eval_loss") if saved else None, exit_code=0)
     if start < steps:
@@ -170,8 +174,9 @@ def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple
         )
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": max_length})})
     if not config.data.train:
-        template = load_template(config.data.template, tokenizer) if tokenizer.chat_template else None
-        return Inputs(base, template, max_length, None, None), config  # type: ignore[arg-type]
+        own = config.data.template == "auto" and not tokenizer.chat_template
+        template = None if own else load_template(config.data.template, tokenizer)
+        return Inputs(base, template, max_length, None, None), config
     options: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "output_dir": str(folder.path)}
     with terminal.counting("reading the training data") as progress:
         stream = open_stream(config, **options, progress=progress)
@@ -180,13 +185,19 @@ def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple
     terminal.say(stream.describe())
     if eval_stream is not None:
         terminal.say(f"held out: {eval_stream.funnel.total('examples'):,} examples\n{eval_stream.funnel.table()}")
-    return Inputs(base, stream.maker.readers[0].template, max_length, stream, eval_stream), config
+    template = load_template(config.data.template, tokenizer)
+    return Inputs(base, template, max_length, stream, eval_stream), config
 
 
-def _count_steps(config: Config, stream: Stream | None) -> int:
-    """Returns the number of updates: as asked for, or as many as the epochs' packed rows make."""
+def _count_steps(config: Config, stream: Stream | None, saved: dict[str, Any] | None) -> int:
+    """Returns the number of updates: as asked for, or as many as the epochs' packed rows make.
+
+    A run that goes on with more epochs than before counts from where it is: lanes that had ended go on as well.
+    """
     if config.train.steps is not None:
         return config.train.steps
+    if stream is not None and saved is not None and (left := stream.steps_left(saved["data"])) is not None:
+        return saved["step"] + left
     if stream is None or stream.steps_per_run is None:
         raise ValueError(
             "train.steps: found none, and the data is too large to count its packed rows before the run; "
@@ -219,12 +230,12 @@ def _load_state(
     plan: assembly.ModelPlan,
     optimizer: Any,
     inputs: Inputs,
-    checkpoints: Checkpoints | None,
+    checkpoints: Checkpoints,
+    newest: int | None,
     terminal: Terminal,
-) -> tuple[TrainState, nnx.State, dict[str, Any] | None]:
-    """Returns (state, frozen weights, JSON of the checkpoint that the state came from, if any)."""
+) -> tuple[TrainState, nnx.State]:
+    """Returns (state, frozen weights); the state as it was at step `newest`, if there is one."""
     mesh = jax.sharding.get_mesh()
-    newest = checkpoints.newest_usable(terminal.warn) if checkpoints else None
     loading: dict[str, Any] = {
         "mesh": mesh,
         "init": config.model.init,
@@ -233,10 +244,10 @@ def _load_state(
     shardings = state_shardings(optimizer, plan.trainable, mesh)
     with terminal.counting("loading the model", unit="bytes") as progress:
         frozen = assembly.load_frozen(plan, inputs.base, **loading, progress=progress)
-        if newest is None or checkpoints is None:
+        if newest is None:
             trainable = assembly.load_trainable(plan, inputs.base, **loading, progress=progress)
             state = create_on_mesh(lambda tree: initial_state(optimizer, tree), shardings, trainable)
-            return state, frozen, None
+            return state, frozen
     trainable = assembly.trainable_specs(plan, inputs.base, keep_file_dtypes=loading["keep_file_dtypes"])
     abstract = jax.eval_shape(lambda tree: initial_state(optimizer, tree), trainable)
     placed = jax.tree.map(
@@ -244,7 +255,7 @@ def _load_state(
     )
     with terminal.working(f"restoring step {newest}"):
         restored = checkpoints.restore(newest, placed)
-    return restored.state, frozen, restored.run
+    return restored.state, frozen
 
 
 def _abstract_batch(config: Config, max_length: int, mesh: Any) -> Batch:
@@ -280,8 +291,8 @@ def _export(
 ) -> tuple[str | None, str | None]:
     """Writes and re-opens OUTPUT/hf and OUTPUT/adapter; returns their paths."""
     template = inputs.template
-    own = inputs.stream is None or template.name == "auto"
-    shared: dict[str, Any] = {"chat_template": None if own else template.template_text}
+    chosen = template is not None and config.data.template != "auto"
+    shared: dict[str, Any] = {"chat_template": template.template_text if template and chosen else None}
     text = card.model_card(config, inputs.base, inputs.stream, outcome)
     (folder.path / "README.md").write_text(text, encoding="utf-8")
     hf = adapter = None
