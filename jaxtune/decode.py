@@ -31,6 +31,8 @@ class _Yaml12Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, dict | list):
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is no key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -58,6 +60,12 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
+class _Yaml12Dumper(yaml.SafeDumper):
+    """Writes what `_Yaml12Loader` reads: the string 1e-4, plain in YAML 1.1, is quoted because it is a number here."""
+
+    yaml_implicit_resolvers = _Yaml12Loader.yaml_implicit_resolvers
+
+
 def decode(words: Sequence[str]) -> Config:
     """Returns the configuration that command-line words describe.
 
@@ -75,7 +83,7 @@ def decode(words: Sequence[str]) -> Config:
             if origins.get("") is not None:
                 raise ConfigError(f"found two configuration files, {origins['']} and {word}; expected one at most")
             origins[""] = word
-            tree = _read_yaml(word)
+            tree = read_yaml(word)
     problems = []
     for word in words:
         if "=" in word:
@@ -96,10 +104,12 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """Returns the configuration as YAML that `decode` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    tree = config.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """Returns the tree of plain values in a YAML file; raises ConfigError where there is none."""
     file = pathlib.Path(path)
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else pathlib.Path()
@@ -132,7 +142,11 @@ def _assign(tree: Any, key: str, text: str) -> list[str]:
         here = ".".join(parts[: at + 1])
         if isinstance(node, list):
             if not part.isdigit() or int(part) > len(node):
-                return [f"{here}: found {part!r}; expected a list item's number, 0 to {len(node)} (the next new one)"]
+                rest = ".".join(parts[at:] if not part.isdigit() else parts[at + 1 :])
+                return [
+                    f"{here}: found {part!r}; expected a list item's number, 0 to {len(node)} (the next new one), "
+                    f"e.g. {'.'.join([*parts[:at], '0', rest]).rstrip('.')}={text}"
+                ]
             index: Any = int(part)
             if index == len(node):
                 node.append(None)
@@ -188,6 +202,9 @@ def _describe(item: Mapping[str, Any]) -> str:
     meaning = _meaning(model, key)
     about = f" ({meaning})" if meaning and meaning != "a value" else ""
     hint = ""
+    section = _section_in(model.model_fields[key].annotation) if model and key in model.model_fields else None
+    if section and item["type"] == "tuple_type":
+        hint = f"; items are named by number, e.g. {path}.0.{next(iter(section.model_fields))}=VALUE"
     if isinstance(found, str) and "literal" in item["type"]:
         near = difflib.get_close_matches(found, re.findall(r"'([^']+)'", item["msg"]), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""

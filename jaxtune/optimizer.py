@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,39 +62,60 @@ def make_optimizer(config: Config, steps: int, trainable: nnx.State) -> optax.Gr
         ValueError: no such optimizer, or it does not take one of the options given.
     """
     settings = config.optimizer
-    make: Any = getattr(optax, settings.name, None)
-    parameters = inspect.signature(make).parameters if inspect.isfunction(make) else {}
-    if "learning_rate" not in parameters:
-        names = [name for name in dir(optax) if _makes_optimizer(getattr(optax, name))]
+    names = [name for name in dir(optax) if _makes_optimizer(name)]
+    if settings.name not in names:
         near = difflib.get_close_matches(settings.name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
             f"optimizer.name: found {settings.name!r}; expected an optimizer of optax: {', '.join(names)}{hint}"
         )
-    options = dict(settings.options)
-    if "weight_decay" in parameters:
-        options.setdefault("weight_decay", settings.weight_decay)
-        if "mask" in parameters:
-            options.setdefault("mask", decay_mask(trainable))
-    elif settings.weight_decay:
-        raise ValueError(
-            f"optimizer.weight_decay: found {settings.weight_decay}, but optax.{settings.name} has no weight decay; "
-            "set it to 0, or take an optimizer that has one, e.g. optimizer.name=adamw"
-        )
-    unknown = [name for name in options if name not in parameters]
+    make: Any = getattr(optax, settings.name)
+    parameters = inspect.signature(make).parameters
+    own = [name for name in ("learning_rate", "weight_decay") if name in settings.options]
+    if own:
+        raise ValueError(f"optimizer.options: found {own[0]}, which has a key of its own: optimizer.{own[0]}")
+    unknown = [name for name in settings.options if name not in parameters]
     if unknown:
         raise ValueError(
             f"optimizer.options: found {', '.join(unknown)}; optax.{settings.name} takes "
-            f"{', '.join(name for name in parameters if name != 'learning_rate')}"
+            f"{', '.join(name for name in parameters if name not in ('learning_rate', 'weight_decay'))}"
         )
-    optimizer = make(learning_rate=make_schedule(config, steps), **options)
-    if settings.max_grad_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer)
+    options = {**_decay_options(config, parameters, trainable), **settings.options}
+    clip = [] if settings.max_grad_norm is None else [optax.clip_by_global_norm(settings.max_grad_norm)]
+    try:
+        optimizer = optax.chain(*clip, make(learning_rate=make_schedule(config, steps), **options))
+        jax.eval_shape(lambda tree: optimizer.update(tree, optimizer.init(tree), tree), trainable)
+    except (TypeError, ValueError) as error:
+        told = f" with optimizer.options {settings.options}" if settings.options else ""
+        raise ValueError(
+            f"optimizer.name: optax.{settings.name}{told} cannot be used: {str(error).splitlines()[0]}; expected an "
+            "optimizer that needs only gradients and a learning rate that changes, and options of the types it takes"
+        ) from None
+    return optimizer
 
 
-def _makes_optimizer(candidate: Any) -> bool:
-    return inspect.isfunction(candidate) and "learning_rate" in inspect.signature(candidate).parameters
+def _makes_optimizer(name: str) -> bool:
+    """Whether optax's `name` makes a whole optimizer; its `scale_by_...` are parts of one."""
+    candidate = getattr(optax, name)
+    if not inspect.isfunction(candidate) or name.startswith(("_", "scale_by_")):
+        return False
+    return "learning_rate" in inspect.signature(candidate).parameters
+
+
+def _decay_options(config: Config, parameters: Mapping[str, Any], trainable: nnx.State) -> dict[str, Any]:
+    """Returns the arguments by which an optimizer decays matrices alone; raises ValueError where it cannot."""
+    settings = config.optimizer
+    mask = next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)
+    if "weight_decay" in parameters and mask is not None:
+        return {"weight_decay": settings.weight_decay, mask: decay_mask(trainable)}
+    if settings.weight_decay:
+        lack = "decays norms and biases as well" if "weight_decay" in parameters else "has no weight decay"
+        raise ValueError(
+            f"optimizer.weight_decay: found {settings.weight_decay}, but optax.{settings.name} {lack}; "
+            "set it to 0, or take an optimizer that decays matrices alone, e.g. optimizer.name=adamw"
+        )
+    # Adafactor decays by options.weight_decay_rate, which is not scaled by the learning rate: not our weight_decay.
+    return {mask: decay_mask(trainable)} if mask is not None else {}
 
 
 def decay_mask(trainable: nnx.State) -> nnx.State:

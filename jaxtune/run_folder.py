@@ -1,16 +1,18 @@
 """The folder of a run: who may write it, and whether a new run may go on from what it holds."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxtune.config import Config
-from jaxtune.decode import from_tree, to_yaml
+from jaxtune.decode import ConfigError, from_tree, read_yaml, to_yaml
 
 HEARTBEAT_SECONDS = 20.0
 DEAD_AFTER_SECONDS = 180.0  # nine missed heartbeats: a host that still breathes writes one in this time
@@ -34,6 +36,9 @@ MAY_CHANGE = (
     "data.max_lost",
 )
 
+# What a run writes over, and a model's own files: where one of them lies without a run's config.yaml, it is not ours.
+NOT_A_RUN = ("config.json", "adapter_config.json", "*.safetensors", "README.md", "metrics.jsonl", "hf", "adapter")
+
 
 class RunFolder:
     """OUTPUT, held by one process at a time through a lock that a dead holder does not keep."""
@@ -42,15 +47,17 @@ class RunFolder:
         """Makes the folder and takes its lock.
 
         Raises:
-            ValueError: another live run holds the folder, or it cannot be written.
+            ValueError: another live run holds the folder, it holds something that is no run, or it cannot be written.
         """
         self.path = pathlib.Path(path)
         self._say = say
         self._stop = threading.Event()
+        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "start": _process_start(os.getpid())}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_what_is_no_run()
             self._take_lock()
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
             raise ValueError(f"output: {path} cannot be written ({error}); expected a folder of its own") from None
         self._pulse = threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat")
         self._pulse.start()
@@ -64,40 +71,62 @@ class RunFolder:
         """Gives the folder up."""
         self._stop.set()
         self._pulse.join(timeout=5)
-        self.lock.unlink(missing_ok=True)
+        if self._is_ours():
+            self.lock.unlink(missing_ok=True)
+
+    def _refuse_what_is_no_run(self) -> None:
+        if (self.path / "config.yaml").exists():
+            return
+        found = [file.name for pattern in NOT_A_RUN for file in self.path.glob(pattern)]
+        if found:
+            raise ValueError(
+                f"output: {self.path} holds {', '.join(found[:3])} but no run (config.yaml), and a run would write "
+                "over what is there; expected a folder of its own. Give another output="
+            )
 
     def _take_lock(self) -> None:
-        for _ in range(2):
-            try:
-                handle = os.open(self.lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
+        with self._one_at_a_time():
+            if self.lock.exists():
                 holder = self._holder()
                 if _is_alive(holder):
                     raise ValueError(
                         f"output: {self.path} is being written by another run (host {holder.get('host')}, process "
                         f"{holder.get('pid')}, last seen {time.time() - holder.get('heartbeat', 0):.0f} s ago); "
                         "expected a folder of its own for each run. Stop that run, or give another output=."
-                    ) from None
-                self._say(f"taking over {self.path} from a run that ended without a word ({holder or 'empty lock'})")
-                self.lock.unlink(missing_ok=True)
-            else:
-                os.write(handle, json.dumps(_me()).encode())
-                os.close(handle)
-                return
-        raise ValueError(f"output: {self.path} was taken by another run just now; give another output=")
+                    )
+                told = f"host {holder['host']}, process {holder['pid']}" if holder else "its lock is empty"
+                self._say(f"taking over {self.path} from a run that ended without a word ({told})")
+            self._write_lock()
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Keeps others from looking at the lock and replacing it; the system lets go of it when a process dies."""
+        with (self.path / ".lock.guard").open("w") as guard:
+            with contextlib.suppress(OSError):  # a file system without flock: the look and the change may then race
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            yield
+
+    def _write_lock(self) -> None:
+        aside = self.path / ".lock.beat"
+        aside.write_text(json.dumps({**self._me, "heartbeat": time.time()}))
+        aside.replace(self.lock)
 
     def _holder(self) -> dict[str, Any]:
         try:
-            return json.loads(self.lock.read_text())
+            holder = json.loads(self.lock.read_text())
         except (ValueError, FileNotFoundError):
             return {}
+        return holder if isinstance(holder, dict) and {"host", "pid"} <= set(holder) else {}
+
+    def _is_ours(self) -> bool:
+        holder = self._holder()
+        return all(holder.get(key) == value for key, value in self._me.items())
 
     def _beat(self) -> None:
-        start = _me()
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            aside = self.lock.with_suffix(".beat")
-            aside.write_text(json.dumps({**start, "heartbeat": time.time()}))
-            aside.replace(self.lock)
+            with contextlib.suppress(OSError), self._one_at_a_time():  # a full disk may have room again next time
+                if self._is_ours():
+                    self._write_lock()
 
     def check_resume(self, config: Config) -> bool:
         """Returns whether the folder holds a run that this one continues.
@@ -114,7 +143,13 @@ class RunFolder:
                 f"output: {self.path} already holds a run and checkpoint.resume is never; expected an empty folder. "
                 "Give another output=, or checkpoint.resume=auto to go on with it."
             )
-        old = from_tree(_read(file))
+        try:
+            old = from_tree(read_yaml(str(file)))
+        except ConfigError as error:
+            raise ValueError(
+                f"output: {file} is not the configuration of a run that this version can go on with:\n{error}\n"
+                "Give another output=, or put the file back as the run wrote it."
+            ) from None
         changes = differences(old, config)
         if changes:
             listed = "\n".join(f"  {key}: {before!r} there, {now!r} now" for key, before, now in changes)
@@ -149,17 +184,6 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
         pairs = enumerate(tree)
         return {name: leaf for key, value in pairs for name, leaf in _leaves(value, f"{prefix}{key}.").items()}
     return {prefix[:-1]: tree}
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def _me() -> dict[str, Any]:
-    now = time.time()
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _process_start(os.getpid()), "heartbeat": now}
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
