@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> int:
         print(f"warning: {sentence}")
     try:
         return train(config).exit_code
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a disk that fills up, a file taken away
         print(f"error: {error}", file=sys.stderr)
         return 1
 

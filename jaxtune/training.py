@@ -165,7 +165,9 @@ def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple
     path = hub.resolve_folder(config.model.path, config.model.revision)
     base = open_folder(path, needs_weights=config.model.init == "pretrained")
     tokenizer = load_tokenizer(path)
-    positions = assembly.decoder_config(base).max_positions
+    decoder = assembly.decoder_config(base)
+    _check_vocabulary(tokenizer, decoder.vocab_size, base.path)
+    positions = decoder.max_positions
     max_length = config.data.max_length or min(2048, positions)
     if max_length > positions:
         raise ValueError(
@@ -187,6 +189,21 @@ def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple
         terminal.say(f"held out: {eval_stream.funnel.total('examples'):,} examples\n{eval_stream.funnel.table()}")
     template = load_template(config.data.template, tokenizer)
     return Inputs(base, template, max_length, stream, eval_stream), config
+
+
+def _check_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> None:
+    """Raises ValueError when texts can become tokens that have no embedding: their loss would be NaN.
+
+    A pad token beyond the embedding, as many folders have, is let be: nothing here uses it.
+    """
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= vocab_size]
+    beyond = [token for token in beyond if token != tokenizer.pad_token or token == tokenizer.eos_token]
+    if beyond:
+        raise ValueError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, but the model's embedding has {vocab_size} "
+            f"(vocab_size in config.json), so {', '.join(map(repr, beyond[:3]))} would have no row there; expected the "
+            "model's own tokenizer, or a model enlarged with transformers' resize_token_embeddings"
+        )
 
 
 def _count_steps(config: Config, stream: Stream | None, saved: dict[str, Any] | None) -> int:
