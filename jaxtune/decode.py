@@ -1,9 +1,11 @@
 """Turns `CONFIG.yaml` and `key=value` words into a `Config`, or says everything that is wrong at once.
 
 Scalars are YAML 1.2's: `1e-4` is a number, `no` and `on` are strings, only `true` and `false` are booleans.
+`python -m jaxtune.decode > configs/schema.json` writes the schema for editors.
 """
 
 import difflib
+import json
 import pathlib
 import re
 import types
@@ -199,6 +201,7 @@ def _describe(item: Mapping[str, Any]) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     expected = re.sub(r"^Input should be ", "", item["msg"]).replace("a valid tuple", "a list")
+    expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ")
     meaning = _meaning(model, key)
     about = f" ({meaning})" if meaning and meaning != "a value" else ""
     hint = ""
@@ -278,3 +281,14 @@ def describe_keys(model: type[pydantic.BaseModel] = Config, prefix: str = "") ->
             told = "; ".join(filter(None, [field.description or "", f"one of {', '.join(choices)}" if choices else ""]))
             lines.append(f"{prefix + name:32} {default:24} {told}".rstrip())
     return "\n".join(lines)
+
+
+def json_schema() -> str:
+    """Returns the JSON schema of a configuration file, for editors that complete and check YAML."""
+    schema = Config.model_json_schema()
+    schema["required"] = [key for key in schema["required"] if key != "output"]  # a file may leave it to the words
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")
