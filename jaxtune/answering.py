@@ -1,0 +1,249 @@
+"""Conversations in, answers out: batches of prompts and streams of text, over one opened model."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import adapters, hub
+from jaxtune.asking import Sampling
+from jaxtune.data.records import Message, RowError
+from jaxtune.decoding import Decoding, Rows, bucket, cache_bytes
+from jaxtune.opening import Opened, open_model
+
+CACHE_BYTES = 1 << 30  # of the KV cache of one batch, where the number of rows is left to us
+MOST_ROWS = 256
+Messages = Sequence[Message | Mapping[str, Any]]
+
+
+class Answer(NamedTuple):
+    """What a model said: the text without white space around it, and its token ids, the stop token included.
+
+    `stopped` says why: `stop` (a stop token), `length` (max_new_tokens) or `positions` (the model has no more).
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    stopped: str
+
+
+class Answerer:
+    """Answers conversations with one opened model; compiled functions are kept between calls."""
+
+    def __init__(self, opened: Opened, *, batch: int | None = None) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            batch: rows answered at once; None takes as many (up to 256) as a cache of 1 GiB holds.
+        """
+        if batch is not None and batch < 1:
+            raise ValueError(f"--batch: found {batch}; expected at least 1")
+        self.opened, self._batch = opened, batch
+        self._decoding = Decoding(opened.graph, opened.config, stop_ids=opened.stop_ids, dtype=opened.dtype)
+        self._tokenizer = opened.template.tokenizer
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Returns the tokens of a conversation up to where the model answers.
+
+        Raises:
+            ValueError: the template refuses the messages, or they leave the model no position to answer in.
+        """
+        try:
+            tokens = self.opened.template.prompt_tokens(messages)
+        except RowError as error:
+            raise ValueError(str(error)) from error
+        positions = self.opened.config.max_positions
+        if len(tokens) >= positions:
+            raise ValueError(
+                f"found {len(tokens)} tokens; expected fewer than the model's {positions} positions, "
+                "so that an answer fits behind them. Shorten the prompt"
+            )
+        return tokens
+
+    def answer(
+        self,
+        conversations: Sequence[Messages],
+        sampling: Sampling,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Answer]:
+        """Answers each conversation, in order; see `answer_prompts`."""
+        prompts = []
+        for number, messages in enumerate(conversations, 1):
+            try:
+                prompts.append(self.encode(messages))
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from error
+        return self.answer_prompts(prompts, sampling, progress=progress)
+
+    def answer_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Answer]:
+        """Answers prompts given as tokens, in order; an answer depends on its prompt and number, not on its batch.
+
+        Args:
+            progress: called with (answered, in all) after each batch.
+        """
+        sampling.check()
+        if not prompts:
+            return []
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of a batch are of like length
+        size = self._rows_at_once(len(prompts[order[-1]]), sampling)
+        answers: dict[int, Answer] = {}
+        for first in range(0, len(order), size):
+            numbers = order[first : first + size]
+            answers |= zip(numbers, self._answer_batch(prompts, numbers, size, sampling), strict=True)
+            if progress is not None:
+                progress(len(answers), len(order))
+        return [answers[i] for i in range(len(prompts))]
+
+    def _rows_at_once(self, longest: int, sampling: Sampling) -> int:
+        if self._batch is not None:
+            return self._batch
+        capacity = bucket(longest) + bucket(sampling.max_new_tokens)
+        fit = CACHE_BYTES // cache_bytes(self.opened.config, capacity=capacity, dtype=self.opened.dtype)
+        return min(MOST_ROWS, 1 << (max(fit, 1).bit_length() - 1))
+
+    def _answer_batch(
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], size: int, sampling: Sampling
+    ) -> list[Answer]:
+        chosen = [prompts[i] for i in numbers]
+        arrays, rows = self._rows(chosen, numbers, min(size, bucket(len(chosen), smallest=1)), sampling)
+        with self._on_mesh():
+            tokens, counts = self._decoding.batch(
+                self.opened.state, arrays, rows, new_tokens=bucket(sampling.max_new_tokens), draw=sampling.draw
+            )
+        tokens, counts = np.asarray(tokens), np.asarray(counts)
+        return [self._finish(tokens[row, : counts[row]], sampling) for row in range(len(chosen))]
+
+    def _rows(
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], size: int, sampling: Sampling
+    ) -> tuple[np.ndarray, Rows]:
+        """Pads prompts to `[size T]`, T a power of two; rows without a prompt have length 0."""
+        positions = self.opened.config.max_positions
+        tokens = np.zeros((size, min(bucket(max(map(len, prompts))), max(positions, 1))), np.int32)
+        lengths, limits = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+            lengths[row] = len(prompt)
+            limits[row] = min(sampling.max_new_tokens, positions - len(prompt))
+        drawn_by = np.zeros(size, np.uint32)
+        drawn_by[: len(numbers)] = numbers
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(sampling.seed), jnp.asarray(drawn_by))
+        return tokens, Rows(lengths, limits, keys, np.float32(sampling.temperature), np.float32(sampling.top_p))
+
+    def _finish(self, tokens: np.ndarray, sampling: Sampling) -> Answer:
+        ids = tuple(int(token) for token in tokens)
+        ended = ids[-1] in self.opened.stop_ids
+        text = decode_text(self._tokenizer, ids[:-1] if ended else ids).strip()
+        if ended:
+            return Answer(text, ids, "stop")
+        return Answer(text, ids, "length" if len(ids) >= sampling.max_new_tokens else "positions")
+
+    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
+        """Yields an answer's text as it grows; the pieces make the text that `answer` gives for a first prompt.
+
+        No piece ends inside a character, and white space around the answer is left out.
+        """
+        sampling.check()
+        prompt = self.encode(messages)
+        text = TextStream(self._tokenizer)
+        for token in self._stream_tokens(prompt, sampling):
+            if token not in self.opened.stop_ids and (piece := text.push(token)):
+                yield piece
+        if piece := text.finish():
+            yield piece
+
+    def _stream_tokens(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        arrays, rows = self._rows([prompt], [0], 1, sampling)
+        state, decoding = self.opened.state, self._decoding
+        with self._on_mesh():
+            progress = decoding.begin(state, arrays, rows, new_tokens=bucket(sampling.max_new_tokens))
+        for step in range(int(rows.limits[0])):
+            with self._on_mesh():
+                progress = decoding.advance(state, progress, rows, draw=sampling.draw)
+                tokens, done = jax.device_get((progress.tokens, progress.done))
+            yield int(tokens[0, step])
+            if done[0]:
+                return
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return jax.set_mesh(self.opened.mesh)
+
+
+class TextStream:
+    """Turns tokens into text one at a time, never giving half a character or white space at either end.
+
+    Some tokens are only bytes of a character, and a decoder may drop the space before its first token. So a few
+    tokens before the new one are decoded with it, and what is new of that text is given once it ends a character.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = self._read = 0  # the window, and how much of it has been given
+        self._space = ""  # white space seen, given when something follows it
+        self._begun = False
+
+    def push(self, token: int) -> str:
+        """Takes a token, and returns the text that is now certain, often empty."""
+        self._tokens.append(token)
+        before, now = self._window()
+        if now.endswith("\ufffd") or len(now) <= len(before):
+            return ""
+        self._start, self._read = self._read, len(self._tokens)
+        return self._trimmed(now[len(before) :])
+
+    def finish(self) -> str:
+        """Returns what was held back: a character that never became whole."""
+        before, now = self._window()
+        return self._trimmed(now[len(before) :])
+
+    def _window(self) -> tuple[str, str]:
+        tokens = self._tokens[self._start :]
+        given = tokens[: self._read - self._start]
+        return decode_text(self._tokenizer, given), decode_text(self._tokenizer, tokens)
+
+    def _trimmed(self, piece: str) -> str:
+        piece = self._space + piece
+        if not self._begun:
+            piece = piece.lstrip()
+        kept = piece.rstrip()
+        self._space = piece[len(kept) :] if self._begun or kept else ""
+        self._begun = self._begun or bool(kept)
+        return kept
+
+
+def decode_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Returns the text of tokens as the model meant it: no special tokens, no spaces tidied away."""
+    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def open_answerer(
+    path: str, *, batch: int | None = None, say: Callable[[str], None] | None = None, **options: Any
+) -> Answerer:
+    """Opens what a path names and returns what answers for it; see `opening.open_model` for the options.
+
+    Args:
+        batch: as in `Answerer`.
+        say: told what was opened, in a line.
+    """
+    use_compilation_cache()
+    opened = open_model(path, **options)
+    if say is not None:
+        say(f"{opened.name}: {adapters.count(opened.state):,} parameters; template: {opened.template.name}")
+    return Answerer(opened, batch=batch)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled functions between runs, unless the user already says where."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(hub.cache_dir(), "xla"))
