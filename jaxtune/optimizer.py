@@ -27,7 +27,8 @@ def make_schedule(config: Config, steps: int) -> optax.Schedule:
     decay = max(math.ceil(settings.decay_ratio * steps), 1)
 
     def inverse_sqrt(step: Any) -> Any:
-        return peak * jax.numpy.sqrt(max(warmup, 1) / (step + max(warmup, 1)))
+        since = jax.numpy.maximum(step, 0)  # join_schedules asks during the warm-up as well, with steps below 0
+        return peak * jax.numpy.sqrt(max(warmup, 1) / (since + max(warmup, 1)))
 
     body = {
         "constant": lambda: optax.constant_schedule(peak),
