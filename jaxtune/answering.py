@@ -64,6 +64,13 @@ class Answerer:
             )
         return tokens
 
+    def fits(self, messages: Messages, *, room: int) -> bool:
+        """Tells whether a conversation leaves the model `room` positions to answer in."""
+        try:
+            return len(self.encode(messages)) + room <= self.opened.config.max_positions
+        except ValueError:
+            return False
+
     def answer(
         self,
         conversations: Sequence[Messages],
