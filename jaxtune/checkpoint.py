@@ -1,9 +1,9 @@
 """Saving and restoring a run: Orbax writes the arrays, a manifest of hashes says whether they are still intact.
 
 A checkpoint is OUTPUT/checkpoints/STEP with the items `state` (arrays) and `run` (JSON: data state, configuration,
-metrics) and, once Orbax has committed both, `jaxtune_manifest.json`: size and SHA-256 of every file. A folder without
-it was never finished; a folder that does not match it was damaged (Orbax itself restores flipped bits silently).
-Neither is restored, and what is passed over is said.
+metrics) and, once Orbax has committed both, `jaxtune_manifest.json`: size and SHA-256 of every file, and its own. A
+folder without it was never finished; a folder that does not match it was damaged (Orbax itself restores flipped bits
+silently). Neither is restored, and what is passed over is said.
 """
 
 import concurrent.futures
@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 MANIFEST = "jaxtune_manifest.json"
+CUT_OFF = "it has no manifest, so the save was cut off"
 
 
 class Restored(NamedTuple):
@@ -54,6 +55,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():  # an unusable folder of the same step: its place is needed
             self._manager.delete(step)
+        self._passed_over.discard(step)
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(flatten(state)), run=ocp.args.JsonSave(run))
         self._manager.save(step, args=arguments, force=True)
         self._finishing = self._finisher.submit(self._finish, step)
@@ -78,7 +80,8 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         steps = sorted(self._manager.all_steps())
-        kept = set([step for step in steps if (self.folder / str(step) / MANIFEST).exists()][-self._keep :])
+        usable = [step for step in steps if (self.folder / str(step) / MANIFEST).exists()]
+        kept = set([step for step in usable if step not in self._passed_over][-self._keep :])
         best = self.best_step()
         for step in steps:
             if step not in kept and step != best:
@@ -87,22 +90,35 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Returns the finished step with the lowest held-out loss, or None where none was evaluated."""
         losses = {}
-        for step in self._manager.all_steps():
-            manifest = self.folder / str(step) / MANIFEST
-            loss = json.loads(manifest.read_text()).get("eval_loss") if manifest.exists() else None
+        for step in set(self._manager.all_steps()) - self._passed_over:
+            loss = (_read_manifest(self.folder / str(step)) or {}).get("eval_loss")
             if loss is not None:
                 losses[step] = loss
         return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
     def newest_usable(self, say: Any = print) -> int | None:
-        """Returns the newest step whose files are what was written, or None; says which are passed over and why."""
+        """Returns the newest step whose files are what was written, or None where no save was ever finished.
+
+        Says which are passed over and why.
+
+        Raises:
+            ValueError: finished checkpoints are there, and all of them are damaged; to start anew would lose the run.
+        """
+        damaged = False
         for step in sorted(self._manager.all_steps(), reverse=True):
             problem = check_manifest(self.folder / str(step))
             if problem is None:
                 return step
+            damaged |= problem != CUT_OFF
             if step not in self._passed_over:
                 self._passed_over.add(step)
-                say(f"checkpoint {self.folder / str(step)} is not usable: {problem}; using the one before it")
+                say(f"checkpoint {self.folder / str(step)} is not usable: {problem}; using the one before it, if any")
+        if damaged:
+            raise ValueError(
+                f"{self.folder}: every checkpoint here is damaged ({', '.join(map(str, sorted(self._passed_over)))}); "
+                "expected at least one whose files are what was written. Put the files back from a copy, or give "
+                "another output= to start anew"
+            )
         return None
 
     def read_run(self, step: int) -> dict[str, Any]:
@@ -154,19 +170,18 @@ def write_manifest(folder: epath.Path) -> None:
     run = json.loads(run_file.read_text()) if run_file.exists() else {}
     manifest = {"files": {name: _fingerprint(path) for name, path in _files(folder)}, "eval_loss": run.get("eval_loss")}
     aside = folder / f"{MANIFEST}.tmp"
-    aside.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    aside.write_text(json.dumps({**manifest, "sha256": _digest_of(manifest)}, indent=1, sort_keys=True))
     aside.rename(folder / MANIFEST)
 
 
 def check_manifest(folder: epath.Path) -> str | None:
     """Returns what is wrong with a checkpoint folder, or None when every file is what was written."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return "it has no manifest, so the save was cut off"
-    try:
-        expected = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError):
+    if not (folder / MANIFEST).exists():
+        return CUT_OFF
+    manifest = _read_manifest(folder)
+    if manifest is None:
         return "its manifest cannot be read"
+    expected = manifest["files"]
     found = dict(_files(folder))
     for name, want in expected.items():
         if name not in found:
@@ -177,6 +192,23 @@ def check_manifest(folder: epath.Path) -> str | None:
         if have["sha256"] != want["sha256"]:
             return f"{name} has changed since it was written (its SHA-256 differs)"
     return None
+
+
+def _read_manifest(folder: epath.Path) -> dict[str, Any] | None:
+    """Returns what the manifest says; None where there is none, or it is not as it was written."""
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return None
+    try:
+        content = json.loads(manifest.read_bytes())
+        digest = content.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return content if digest == _digest_of(content) else None
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: epath.Path) -> list[tuple[str, epath.Path]]:

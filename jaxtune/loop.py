@@ -79,6 +79,7 @@ class Loop:
         self._schedule = make_schedule(self.config, self.steps)
         self._meter, self._skipped, self._best = Meter(), 0, best
         self._eval_loss: float | None = None
+        self._evaluated = -1  # the update after which that loss was
         self._saved_step = start
         every_eval = choose_eval_interval(self.config, self.steps)
         began, tokens, step, loss = time.perf_counter(), 0, start, None
@@ -186,7 +187,7 @@ class Loop:
         loss, accuracy = total.loss / weight, total.correct / weight
         self.log.write(step, eval_loss=loss, eval_accuracy=accuracy, eval_tokens=int(total.tokens))
         self.terminal.say(f"step {step}: held-out loss {loss:.4f}, token accuracy {accuracy:.1%}")
-        self._eval_loss = loss
+        self._eval_loss, self._evaluated = loss, step
         self._meter.reset()
         if math.isfinite(loss) and (self._best is None or loss < self._best):
             self._best = loss
@@ -194,10 +195,11 @@ class Loop:
         return False
 
     def _save(self, step: int, state: TrainState, data_state: dict) -> None:
+        own = self._eval_loss if self._evaluated == step else None  # not that of an earlier state
         run = {
             "step": step,
             "data": data_state,
-            "eval_loss": self._eval_loss if self._eval_loss is not None and math.isfinite(self._eval_loss) else None,
+            "eval_loss": own if own is not None and math.isfinite(own) else None,
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpoints.save(step, state, run=run)

@@ -44,7 +44,8 @@ class MetricsLog:
         self._file = folder / "metrics.jsonl"
         cut_records(self._file, resumed_step)
         self._stream = self._file.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(folder / "events")) if tensorboard else None
+        cut = {"purge_step": resumed_step + 1} if resumed_step else {}  # TensorBoard hides what is done again
+        self._board = tensorboardX.SummaryWriter(str(folder / "events"), **cut) if tensorboard else None
         self._wandb = _start_wandb(wandb, folder, config) if wandb else None
 
     def write(self, step: int, **values: float | int | str | None) -> None:
@@ -74,7 +75,7 @@ def cut_records(file: pathlib.Path, step: int) -> None:
         return
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     aside = file.with_suffix(".tmp")
