@@ -115,9 +115,13 @@ class Answerer:
     def _rows_at_once(self, longest: int, sampling: Sampling) -> int:
         if self._batch is not None:
             return self._batch
-        capacity = bucket(longest) + bucket(sampling.max_new_tokens)
+        capacity = bucket(longest) + self._room(sampling)
         fit = CACHE_BYTES // cache_bytes(self.opened.config, capacity=capacity, dtype=self.opened.dtype)
         return min(MOST_ROWS, 1 << (max(fit, 1).bit_length() - 1))
+
+    def _room(self, sampling: Sampling) -> int:
+        """The slots of the cache for new tokens, of which each row uses as many as its limit allows."""
+        return bucket(min(sampling.max_new_tokens, self.opened.config.max_positions))
 
     def _answer_batch(
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], size: int, sampling: Sampling
@@ -126,7 +130,7 @@ class Answerer:
         arrays, rows = self._rows(chosen, numbers, min(size, bucket(len(chosen), smallest=1)), sampling)
         with self._on_mesh():
             tokens, counts = self._decoding.batch(
-                self.opened.state, arrays, rows, new_tokens=bucket(sampling.max_new_tokens), draw=sampling.draw
+                self.opened.state, arrays, rows, new_tokens=self._room(sampling), draw=sampling.draw
             )
         tokens, counts = np.asarray(tokens), np.asarray(counts)
         return [self._finish(tokens[row, : counts[row]], sampling) for row in range(len(chosen))]
@@ -173,7 +177,7 @@ class Answerer:
         arrays, rows = self._rows([prompt], [0], 1, sampling)
         state, decoding = self.opened.state, self._decoding
         with self._on_mesh():
-            progress = decoding.begin(state, arrays, rows, new_tokens=bucket(sampling.max_new_tokens))
+            progress = decoding.begin(state, arrays, rows, new_tokens=self._room(sampling))
         for step in range(int(rows.limits[0])):
             with self._on_mesh():
                 progress = decoding.advance(state, progress, rows, draw=sampling.draw)

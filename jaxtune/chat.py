@@ -15,7 +15,7 @@ one conversation too. Lines that begin with a slash are for the program:
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from jaxtune import asking
 from jaxtune.compat import keep_tpu_plugin_quiet
@@ -89,7 +89,7 @@ class Session:
         self._system = text or None
         self.reset()
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Yields the pieces of the answer and remembers it, also when it is cut short.
 
         Raises:

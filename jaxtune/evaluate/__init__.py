@@ -1,0 +1,1 @@
+"""How good a model is: what it answers, held against what it should answer."""
