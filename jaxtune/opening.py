@@ -79,7 +79,7 @@ def open_model(
         compute = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
     else:
         compute = DTYPES[dtype]
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: _declare(config, place.adapter, compute)))
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: declare(config, place.adapter, compute)))
     shardings = parameter_shardings(abstract, mesh)
     state = load_params(folder, abstract, shardings=shardings, progress=progress)
     name = place.base
@@ -161,7 +161,8 @@ def asking_mesh(config: DecoderConfig, devices: Sequence[Any] | None = None) -> 
     return make_mesh({"tensor": ways, "data": len(devices) // ways}, devices)
 
 
-def _declare(config: DecoderConfig, adapter: Adapter | None, dtype: Any) -> Decoder:
+def declare(config: DecoderConfig, adapter: Adapter | None, dtype: Any) -> Decoder:
+    """Returns the decoder with the adapter's matrices attached; call it under `nnx.eval_shape`."""
     model = Decoder(config, key=jax.random.key(0), param_dtype=dtype)
     if adapter is not None:
         adapters.attach(model, **adapter.attach_options(), key=jax.random.key(0))
