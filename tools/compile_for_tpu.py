@@ -58,9 +58,7 @@ def compile_step(config: Config, shape: dict, *, devices: list, length: int) -> 
     batch = Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(ints.shape, np.float32, sharding=where), ints)
     print(f"{adapters.count(plan.trainable):,} trained parameters", flush=True)
     with jax.set_mesh(mesh):  # tracing only: nothing can run on devices that are not here
-        return compile_train_step(
-            make_train_step(plan.graph, optimizer, compute), state, frozen, batch, platform="tpu"
-        )
+        return compile_train_step(make_train_step(plan.graph, optimizer, compute), state, frozen, batch, platform="tpu")
 
 
 def _placed(tree: object, shardings: object) -> object:

@@ -9,75 +9,12 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "gold",
-    "pink",
-    "gray",
-    "brown",
-    "white",
-    "cat",
-    "dog",
-    "fox",
-    "owl",
-    "bee",
-    "ant",
-    "cow",
-    "hen",
-    "pig",
-    "rat",
-    "bat",
-    "elk",
-    "oak",
-    "elm",
-    "fig",
-    "nut",
-    "pea",
-    "corn",
-    "rice",
-    "milk",
-    "salt",
-    "tea",
-    "jam",
-    "pie",
-    "egg",
-    "sun",
-    "moon",
-    "star",
-    "rain",
-    "snow",
-    "wind",
-    "sea",
-    "lake",
-    "hill",
-    "sand",
-    "rock",
-    "road",
-    "boat",
-    "ship",
-    "bell",
-    "drum",
-]
-NAMES = [
-    "Ada",
-    "Ben",
-    "Cleo",
-    "Dan",
-    "Eve",
-    "Finn",
-    "Gus",
-    "Hana",
-    "Ivan",
-    "Jill",
-    "Kim",
-    "Leo",
-    "Mia",
-    "Noah",
-    "Olga",
-    "Paul",
-]
+_WORDS = """
+red blue green gold cat dog fox owl bee ant cow hen oak elm fig pea
+rice milk salt tea sun moon star rain sea lake hill rock road boat bell drum
+"""
+_NAMES = "Ada Ben Cleo Dan Eve Finn Gus Hana Ivan Jill Kim Leo Mia Noah Olga Paul"
+WORDS, NAMES = _WORDS.split(), _NAMES.split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OPENINGS = ("", "Please help:", "Quick task.", "Here is a job.", "Try this.", "Your turn:", "Next one.", "Let us see.")
 HELD_OUT_EVERY = 7  # one (opening, request) pair in so many is never trained on
@@ -95,7 +32,7 @@ def _some(rng: random.Random, items: Any, low: int, high: int) -> list[str]:
     return rng.sample(list(items), rng.randint(low, high))
 
 
-def _on_list(answer: Callable[[list[str]], str], low: int = 2, high: int = 4) -> Callable:
+def _on_list(answer: Callable[[list[str]], str], low: int = 2, high: int = 3) -> Callable:
     def draw(rng: random.Random) -> tuple[str, str]:
         words = _some(rng, WORDS, low, high)
         return " ".join(words), answer(words)
@@ -129,13 +66,14 @@ def _larger(rng: random.Random) -> tuple[str, str]:
 
 
 def _lookup(rng: random.Random) -> tuple[str, str]:
-    keys, values = rng.sample(WORDS, 2), rng.sample(WORDS, 2)
+    drawn = rng.sample(WORDS, 4)
+    keys, values = drawn[:2], drawn[2:]
     asked = rng.randrange(2)
-    return f"{keys[0]} = {values[0]} ; {keys[1]} = {values[1]} ; {keys[asked]} = ?", values[asked]
+    return f"{keys[0]} {values[0]} ; {keys[1]} {values[1]} ; {keys[asked]} ?", values[asked]
 
 
 def _upper(rng: random.Random) -> tuple[str, str]:
-    letters = _some(rng, LETTERS, 2, 4)
+    letters = _some(rng, LETTERS, 2, 3)
     return " ".join(letters), " ".join(letters).upper()
 
 
@@ -144,11 +82,9 @@ def _next_letter(rng: random.Random) -> tuple[str, str]:
     return LETTERS[at], LETTERS[at + 1]
 
 
-def _member(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, 4)
-    inside = rng.random() < 0.5
-    asked = rng.choice(words[:3]) if inside else words[3]
-    return f"{asked} : {' '.join(words[:3])}", "yes" if inside else "no"
+def _previous_letter(rng: random.Random) -> tuple[str, str]:
+    at = rng.randrange(1, 26)
+    return LETTERS[at], LETTERS[at - 1]
 
 
 TASKS: tuple[Task, ...] = (
@@ -219,9 +155,9 @@ TASKS: tuple[Task, ...] = (
     ),
     Task("lookup", ("Look up: {x}", "Use the table: {x}", "Fill in: {x}", "Find the value: {x}"), _lookup),
     Task(
-        "member",
-        ("Is it there? {x}", "Is the word in the list? {x}", "Yes or no, is it among them: {x}", "Check the list: {x}"),
-        _member,
+        "previous_letter",
+        ("Which letter precedes {x}", "The letter before {x}", "In the alphabet, before {x}", "What comes before {x}"),
+        _previous_letter,
     ),
 )
 

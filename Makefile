@@ -1,0 +1,57 @@
+# make quickstart   environment, a small model tuned and exported, its answers: a few minutes, no network but pip
+# make test         environment with the test tools, the test suite (15 minutes at most on 2 cores)
+# make test-long    what takes longer: memory on large checkpoints, another transformers, compiling for TPUs
+# make lint types   ruff, mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := runs/quickstart
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: quickstart test test-long test-matrix test-plan lint types clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@ $(VENV)/installed
+
+quickstart: $(VENV)/installed
+	$(BIN)/python -m jaxtune.train configs/quickstart.yaml
+	$(BIN)/python -m jaxtune.evaluate $(RUN)/hf --data builtin:quickstart/eval/examples.jsonl.gz \
+	  --data builtin:quickstart/eval/phrasings.jsonl.gz --by task --json $(RUN)/accuracy.json
+	$(BIN)/python -m jaxtune.generate $(RUN)/hf --prompts configs/quickstart_prompts.txt
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "not long and not matrix"
+
+test-long: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m long
+	$(MAKE) test-matrix
+
+# Folders that we write, opened by other versions of transformers and peft in an environment of their own.
+MATRIX := .venv-matrix
+$(MATRIX)/installed: tests/matrix/requirements.txt
+	$(PYTHON) -m venv $(MATRIX)
+	$(MATRIX)/bin/python -m pip install --quiet -r $<
+	touch $@
+
+test-matrix: $(VENV)/installed-test $(MATRIX)/installed
+	$(BIN)/python -m tests.matrix.write_folders build/matrix
+	$(MATRIX)/bin/python -m pytest --confcutdir=tests/matrix -m matrix tests/matrix --folders build/matrix
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-test
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(MATRIX) build
