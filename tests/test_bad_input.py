@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-import runs
+import tiny_runs
 import transformers
 from safetensors.numpy import load_file, save_file
 
@@ -18,12 +18,12 @@ from jaxtune.train import main
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return runs.write_model(tmp_path_factory.mktemp("base") / "model")
+    return tiny_runs.write_model(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return runs.write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", runs.rows(16))
+    return tiny_runs.write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", tiny_runs.rows(16))
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def refused(base, data, tmp_path, capsys):
 
     def refuse(code, *more, model=base, file=data, rows=None):
         if rows is not None:
-            file = runs.write_rows(tmp_path / "rows.jsonl", rows)
+            file = tiny_runs.write_rows(tmp_path / "rows.jsonl", rows)
         capsys.readouterr()
-        assert main(runs.words(model, file, tmp_path / "out", *more)) == code
+        assert main(tiny_runs.words(model, file, tmp_path / "out", *more)) == code
         said = capsys.readouterr().err
         print(said)  # shown when the test fails
         assert "Traceback" not in said and said.startswith(("error: ", "configuration:"))
@@ -138,13 +138,13 @@ def test_mapped_column_that_is_not_there(refused):
 
 
 def test_row_without_the_column_is_named_by_line(refused):
-    message = refused(1, rows=[*runs.rows(3), {"instruction": "a"}])
+    message = refused(1, rows=[*tiny_runs.rows(3), {"instruction": "a"}])
     says(message, "rows.jsonl:4", "output", "data.on_bad_row=skip")
 
 
 @pytest.mark.parametrize("text", ['{"instruction": "a", "output": "b"', "not json", '["a"]', '"text"'])
 def test_invalid_json_names_file_line_and_column(refused, text):
-    message = refused(1, rows=[*runs.rows(2), text, *runs.rows(2)])
+    message = refused(1, rows=[*tiny_runs.rows(2), text, *tiny_runs.rows(2)])
     says(message, "rows.jsonl:3: ", "expected", "repair it, or set data.on_bad_row=skip")
     if not text.startswith(("[", '"')):
         says(message, "column")
@@ -180,7 +180,7 @@ def test_data_that_is_all_over_length(refused):
 
 
 def test_more_lost_than_allowed(refused):
-    rows = [*runs.rows(3), {"instruction": "long " * 60, "output": "b"}]
+    rows = [*tiny_runs.rows(3), {"instruction": "long " * 60, "output": "b"}]
     says(refused(1, "data.max_lost=0.01", rows=rows), "data.max_lost", "data.max_length", "data.overlong")
 
 
@@ -192,9 +192,9 @@ def test_unknown_template_names_the_choices(refused):
 
 
 def test_tokenizer_without_template_prints_the_flags(refused, base, tmp_path):
-    plain = runs.copied(base, tmp_path / "plain")
+    plain = tiny_runs.copied(base, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink(missing_ok=True)
-    runs.write_tokenizer(plain, chat_template=None)
+    tiny_runs.write_tokenizer(plain, chat_template=None)
     (plain / "chat_template.jinja").unlink(missing_ok=True)
     says(refused(1, model=plain), "no chat template", "data.template=alpaca", "data.template=vicuna")
 
@@ -213,8 +213,8 @@ def test_broken_template_file(refused, tmp_path):
 
 
 def changed(base: pathlib.Path, to: pathlib.Path, **keys: object) -> pathlib.Path:
-    runs.copied(base, to)
-    runs.hf_folders.rewrite_config(to, **keys)
+    tiny_runs.copied(base, to)
+    tiny_runs.hf_folders.rewrite_config(to, **keys)
     return to
 
 
@@ -231,7 +231,7 @@ def test_model_path_is_a_file(refused, base):
 
 
 def test_model_with_pickled_weights_only(refused, base, tmp_path):
-    model = runs.copied(base, tmp_path / "pickled")
+    model = tiny_runs.copied(base, tmp_path / "pickled")
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     says(refused(1, model=model), str(model), "pytorch_model.bin", "safetensors")
 
@@ -254,21 +254,21 @@ def test_unknown_architecture_names_the_choices(refused, base, tmp_path):
 
 
 def test_model_without_tokenizer(refused, base, tmp_path):
-    model = runs.copied(base, tmp_path / "mute")
+    model = tiny_runs.copied(base, tmp_path / "mute")
     for file in (*model.glob("token*"), *model.glob("special*")):
         file.unlink()
     says(refused(1, model=model), "no tokenizer could be read", "tokenizer.json")
 
 
 def test_truncated_weights(refused, base, tmp_path):
-    model = runs.copied(base, tmp_path / "truncated")
+    model = tiny_runs.copied(base, tmp_path / "truncated")
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     says(refused(1, model=model), "model.safetensors has", "truncated")
 
 
 def test_weights_of_another_shape(refused, base, tmp_path):
-    model = runs.copied(base, tmp_path / "shape")
+    model = tiny_runs.copied(base, tmp_path / "shape")
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:16]
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -277,7 +277,7 @@ def test_weights_of_another_shape(refused, base, tmp_path):
 
 
 def test_config_json_that_is_no_json(refused, base, tmp_path):
-    model = runs.copied(base, tmp_path / "damaged")
+    model = tiny_runs.copied(base, tmp_path / "damaged")
     (model / "config.json").write_text("{")
     says(refused(1, model=model), "config.json is not valid JSON")
 
@@ -287,16 +287,16 @@ def test_length_beyond_the_positions(refused):
 
 
 def test_pad_token_beyond_the_embedding_is_no_hindrance(base, data, tmp_path):
-    model = runs.copied(base, tmp_path / "padded")
+    model = tiny_runs.copied(base, tmp_path / "padded")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == 280
     tokenizer.save_pretrained(model)
-    assert main(runs.words(model, data, tmp_path / "out", "train.steps=1")) == 0
+    assert main(tiny_runs.words(model, data, tmp_path / "out", "train.steps=1")) == 0
 
 
 def test_tokenizer_with_more_tokens_than_the_model(refused, tmp_path):
-    model = runs.write_model(tmp_path / "narrow", vocab_size=200)
+    model = tiny_runs.write_model(tmp_path / "narrow", vocab_size=200)
     says(refused(1, model=model), "280", "200 (vocab_size", "resize_token_embeddings")
 
 
@@ -358,16 +358,16 @@ def test_wandb_that_is_not_installed(refused, monkeypatch):
 def test_output_that_is_a_file(base, data, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "below", pathlib.Path("/proc/nothing")):
-        assert main(runs.words(base, data, output)) == 1
+        assert main(tiny_runs.words(base, data, output)) == 1
         says(capsys.readouterr().err, f"output: {output} cannot be written", "a folder of its own")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_output_that_is_the_model_itself_loses_nothing(base, data, tmp_path, capsys):
-    model = runs.copied(base, tmp_path / "model")
+    model = tiny_runs.copied(base, tmp_path / "model")
     (model / "README.md").write_text("the base's own card")
     before = {file.name: file.read_bytes() for file in model.iterdir()}
-    assert main(runs.words(model, data, model)) == 1
+    assert main(tiny_runs.words(model, data, model)) == 1
     says(capsys.readouterr().err, f"output: {model}", "config.json", "another output=")
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
@@ -376,13 +376,18 @@ def test_output_whose_configuration_is_not_a_run(base, data, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     for text in ("base_model: x\nadapter: lora\n", "a: b: c"):
         (tmp_path / "out" / "config.yaml").write_text(text)
-        assert main(runs.words(base, data, tmp_path / "out")) == 1
+        assert main(tiny_runs.words(base, data, tmp_path / "out")) == 1
         says(capsys.readouterr().err, str(tmp_path / "out" / "config.yaml"), "another output=")
         assert (tmp_path / "out" / "config.yaml").read_text() == text
 
 
 def test_a_mistake_answers_a_fresh_process_without_a_traceback(base, data, tmp_path):
-    command = [sys.executable, "-m", "jaxtune.train", *runs.words(base, data, tmp_path / "out", "data.template=nope")]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxtune.train",
+        *tiny_runs.words(base, data, tmp_path / "out", "data.template=nope"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}, timeout=120)
     assert done.returncode == 1, done.stderr
     says(done.stderr, "error: data.template: found 'nope'")
@@ -394,6 +399,6 @@ def test_a_disk_that_fills_up_during_the_run_is_told_and_the_folder_given_up(bas
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr(MetricsLog, "write", write)
-    assert main(runs.words(base, data, tmp_path / "out")) == 1
+    assert main(tiny_runs.words(base, data, tmp_path / "out")) == 1
     says(capsys.readouterr().err, "error: ", "No space left on device", "metrics.jsonl")
     assert not (tmp_path / "out" / ".lock").exists()

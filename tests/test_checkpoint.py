@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import tiny_runs
 
 from jaxtune import checkpoint
 from jaxtune.checkpoint import CUT_OFF, MANIFEST, Checkpoints, check_manifest, flatten
@@ -105,7 +105,7 @@ def test_nothing_saved_is_no_checkpoint(checkpoints):
 
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_it_used(checkpoints):
     save(checkpoints, 1, 2)
-    runs.flip_a_bit(biggest_file(checkpoints, 2))
+    tiny_runs.flip_a_bit(biggest_file(checkpoints, 2))
     step, said = said_by(checkpoints)
     assert step == 1
     assert "2 is not usable" in said and "SHA-256" in said and "the one before it" in said
@@ -160,14 +160,14 @@ def test_a_changed_number_in_the_manifest_is_damage(checkpoints):
 def test_when_all_are_damaged_nothing_is_started_over_them(checkpoints):
     save(checkpoints, 1, 2)
     for step in (1, 2):
-        runs.flip_a_bit(biggest_file(checkpoints, step))
+        tiny_runs.flip_a_bit(biggest_file(checkpoints, step))
     with pytest.raises(ValueError, match=r"every checkpoint here is damaged \(1, 2\).*another output="):
         checkpoints.newest_usable(lambda text: None)
 
 
 def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path, checkpoints):
     save(checkpoints, 3, 5)
-    runs.flip_a_bit(biggest_file(checkpoints, 5))
+    tiny_runs.flip_a_bit(biggest_file(checkpoints, 5))
     again = Checkpoints(str(tmp_path / "checkpoints"), keep=1)
     assert again.newest_usable(lambda text: None) == 3
     save(again, 4)  # below the damaged one
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path, checkpoints):
 
 def test_a_damaged_step_can_be_saved_again(tmp_path, checkpoints):
     save(checkpoints, 1, 2)
-    runs.flip_a_bit(biggest_file(checkpoints, 2))
+    tiny_runs.flip_a_bit(biggest_file(checkpoints, 2))
     again = Checkpoints(str(tmp_path / "checkpoints"), keep=2)
     assert again.newest_usable(lambda text: None) == 1
     save(again, 2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pydantic
 import pytest
-import runs
+import tiny_runs
 
 from jaxtune import config as config_module
 from jaxtune import loop
@@ -326,20 +326,20 @@ def keys_read(monkeypatch):
 
 
 def test_no_key_is_accepted_and_ignored(keys_read, tmp_path, monkeypatch):
-    base = runs.write_model(tmp_path / "base")
-    data = runs.write_rows(tmp_path / "data.jsonl", runs.rows(24))
+    base = tiny_runs.write_model(tmp_path / "base")
+    data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(24))
     more = ("train.steps=2", "data.eval_fraction=0.2", "train.max_bad_steps=1")
     for _ in range(2):  # the second time to see whether there is something to go on with
-        train(runs.config(base, data, tmp_path / "lora", *more))
+        train(tiny_runs.config(base, data, tmp_path / "lora", *more))
     with pytest.raises(ValueError, match="NaN or infinity"):
         more = ("tuning.method=full", "optimizer.learning_rate=1e30", "train.max_bad_steps=1", "train.steps=4")
-        train(runs.config(base, data, tmp_path / "full", f"data.eval.0.path={data}", "eval.every_steps=9", *more))
+        train(tiny_runs.config(base, data, tmp_path / "full", f"data.eval.0.path={data}", "eval.every_steps=9", *more))
 
     def stop(*anything: Any, **more: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(loop.MetricsLog, "write", stop)
-    train(runs.config(base, data, tmp_path / "stopped", "train.steps=null", "train.epochs=1"))
+    train(tiny_runs.config(base, data, tmp_path / "stopped", "train.steps=null", "train.epochs=1"))
     leaves = leaf_paths(Config)
     ignored = [path for key, path in leaves.items() if key not in keys_read]
     assert not ignored, f"accepted and never read: {', '.join(ignored)}"
