@@ -15,7 +15,7 @@ from jaxtune.data.records import Message, RowError
 from jaxtune.decoding import Decoding, Rows, bucket, cache_bytes
 from jaxtune.opening import Opened, open_model
 
-CACHE_BYTES = 1 << 30  # of the KV cache of one batch, where the number of rows is left to us
+BATCH_BYTES = 1 << 30  # of one batch's cache and attention scores, where the number of rows is left to us
 MOST_ROWS = 256
 Messages = Sequence[Message | Mapping[str, Any]]
 
@@ -38,7 +38,7 @@ class Answerer:
         """Compiles nothing yet.
 
         Args:
-            batch: rows answered at once; None takes as many (up to 256) as a cache of 1 GiB holds.
+            batch: rows answered at once; None takes as many (up to 256) as 1 GiB of cache and scores holds.
         """
         if batch is not None and batch < 1:
             raise ValueError(f"--batch: found {batch}; expected at least 1")
@@ -102,32 +102,48 @@ class Answerer:
         sampling.check()
         if not prompts:
             return []
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of a batch are of like length
-        size = self._rows_at_once(len(prompts[order[-1]]), sampling)
         answers: dict[int, Answer] = {}
-        for first in range(0, len(order), size):
-            numbers = order[first : first + size]
-            answers |= zip(numbers, self._answer_batch(prompts, numbers, size, sampling), strict=True)
+        for numbers in self._batches(prompts, sampling):
+            answers |= zip(numbers, self._answer_batch(prompts, numbers, sampling), strict=True)
             if progress is not None:
-                progress(len(answers), len(order))
+                progress(len(answers), len(prompts))
         return [answers[i] for i in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
+        """Yields numbers of prompts of like length, as many as are answered at once."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        while order:
+            size = self._rows_at_once(len(prompts[order[0]]), sampling)
+            while (fit := self._rows_at_once(len(prompts[order[:size][-1]]), sampling)) < size:
+                size = max(fit, size // 2)
+            yield order[:size]
+            order = order[size:]
 
     def _rows_at_once(self, longest: int, sampling: Sampling) -> int:
         if self._batch is not None:
             return self._batch
-        capacity = bucket(longest) + self._room(sampling)
-        fit = CACHE_BYTES // cache_bytes(self.opened.config, capacity=capacity, dtype=self.opened.dtype)
-        return min(MOST_ROWS, 1 << (max(fit, 1).bit_length() - 1))
+        config, width = self.opened.config, self._width(longest)
+        capacity = width + self._room(sampling)
+        scores = 2 * 4 * config.num_heads * width * capacity  # float32, before and after the softmax
+        row = scores + cache_bytes(config, capacity=capacity, dtype=self.opened.dtype)
+        return min(MOST_ROWS, 1 << (max(BATCH_BYTES // row, 1).bit_length() - 1))
+
+    def _width(self, longest: int) -> int:
+        """The length that prompts are padded to."""
+        return min(bucket(longest), self.opened.config.max_positions)
 
     def _room(self, sampling: Sampling) -> int:
         """The slots of the cache for new tokens, of which each row uses as many as its limit allows."""
         return bucket(min(sampling.max_new_tokens, self.opened.config.max_positions))
 
     def _answer_batch(
-        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], size: int, sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], sampling: Sampling
     ) -> list[Answer]:
         chosen = [prompts[i] for i in numbers]
-        arrays, rows = self._rows(chosen, numbers, min(size, bucket(len(chosen), smallest=1)), sampling)
+        size = bucket(len(chosen), smallest=1)
+        if self._batch is not None:
+            size = min(size, self._batch)
+        arrays, rows = self._rows(chosen, numbers, size, sampling)
         with self._on_mesh():
             tokens, counts = self._decoding.batch(
                 self.opened.state, arrays, rows, new_tokens=self._room(sampling), draw=sampling.draw
@@ -140,7 +156,7 @@ class Answerer:
     ) -> tuple[np.ndarray, Rows]:
         """Pads prompts to `[size T]`, T a power of two; rows without a prompt have length 0."""
         positions = self.opened.config.max_positions
-        tokens = np.zeros((size, min(bucket(max(map(len, prompts))), max(positions, 1))), np.int32)
+        tokens = np.zeros((size, self._width(max(map(len, prompts)))), np.int32)
         lengths, limits = np.zeros(size, np.int32), np.zeros(size, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument("--output", metavar="FILE", help="JSON lines, one for each prompt; default: printed only")
     parser.add_argument("--system", metavar="TEXT", help="system message of prompts that have none")
-    parser.add_argument("--batch", type=int, metavar="N", help="prompts at once; default: what 1 GiB of cache holds")
+    parser.add_argument("--batch", type=int, metavar="N", help="prompts at once; default: what 1 GiB holds")
     asking.add_sampling(parser, max_new_tokens=256, temperature=0.0, top_p=1.0)
     return parser
 

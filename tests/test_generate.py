@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from asking_helpers import agreeing, answerer, greedy_of_transformers, random_prompts
 
-from jaxtune import generate
+from jaxtune import answering, generate
 from jaxtune.answering import Answerer, TextStream
 from jaxtune.asking import Sampling
 from jaxtune.convert.folder import open_folder
@@ -60,6 +60,17 @@ def test_an_answer_does_not_depend_on_its_batch(folder, model, sampling):
     assert [a.tokens for a in answerer(folder, batch=2).answer_prompts(prompts, sampling)] == together
     if sampling.temperature == 0:
         assert [model.answer_prompts([prompt], sampling)[0].tokens for prompt in prompts] == together
+
+
+def test_a_long_prompt_makes_only_its_own_batch_small(folder):
+    model = answerer(folder, batch=None)
+    prompts = [[7] * length for length in (3, 100, 4, 5, 6)]
+    assert list(model._batches(prompts, Sampling(8))) == [[0, 2, 3, 4, 1]]
+    room = 2 * 4 * 4 * 32 * 64 * 4  # four rows of 32 tokens with 32 new ones, 4 heads; the cache needs not quite as much
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answering, "BATCH_BYTES", 2 * room)
+        assert list(model._batches(prompts, Sampling(8))) == [[0, 2, 3, 4], [1]]
+    assert list(answerer(folder, batch=3)._batches(prompts, Sampling(8))) == [[0, 2, 3], [4, 1]]
 
 
 def test_eight_devices_answer_as_one(folder, model):

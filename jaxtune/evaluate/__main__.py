@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--columns", action="append", default=[], metavar="FIELD=COLUMN", help="as data.train.0.columns in training")
     add("--limit", type=int, metavar="N", help="rows of each file at most, spread evenly over it")
     add("--max-new-tokens", type=int, metavar="N", help="default: the longest right answer, and 8 more")
-    add("--batch", type=int, metavar="N", help="prompts at once; default: what 1 GiB of cache holds")
+    add("--batch", type=int, metavar="N", help="prompts at once; default: what 1 GiB holds")
     add("--json", metavar="OUT", help="write the scores, counts and some wrong answers here")
     return parser
 
