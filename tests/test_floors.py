@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxtune"
 # one another as long as they form no circle.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("train", "generate", "chat", "evaluate", "audit", "plan", "prepare", "doctor", "convert.__main__"),
-    ("training", "answering"),
+    ("training", "answering", "conversions"),
     ("loop", "opening"),
     ("assembly", "card"),
     ("convert",),
