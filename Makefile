@@ -43,8 +43,8 @@ $(MATRIX)/installed: tests/matrix/requirements.txt
 	touch $@
 
 test-matrix: $(VENV)/installed-test $(MATRIX)/installed
-	$(BIN)/python -m tests.matrix.write_folders build/matrix
-	$(MATRIX)/bin/python -m pytest --confcutdir=tests/matrix -m matrix tests/matrix --folders build/matrix
+	PYTHONPATH=tests JAX_PLATFORMS=cpu $(BIN)/python tests/matrix/write_folders.py build/matrix
+	JAXTUNE_MATRIX_FOLDERS=build/matrix $(MATRIX)/bin/python -m pytest --confcutdir=tests/matrix -m matrix tests/matrix
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

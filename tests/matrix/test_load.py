@@ -1,0 +1,70 @@
+"""Folders that jaxtune wrote open in this environment's transformers and peft, with the logits that jaxtune computed.
+
+Runs in `make test-matrix`'s environment, which has no jax: `write_folders.py` has written folders and numbers before.
+"""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+pytestmark = pytest.mark.matrix
+FOLDERS = pathlib.Path(os.environ.get("JAXTUNE_MATRIX_FOLDERS", "build/matrix"))
+VARIANTS = ("llama2", "llama31", "llama32", "llama_biases", "llama_linear", "mistral", "qwen2", "qwen25")
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    """torch, transformers and numpy of this environment."""
+    import numpy
+    import torch
+    import transformers
+
+    return torch, transformers, numpy
+
+
+def largest_difference(model, folder, libraries):
+    """Returns the largest difference between the model's logits and ours."""
+    torch, _, numpy = libraries
+    with numpy.load(folder / "expected.npz") as expected, torch.no_grad():
+        found = model.eval()(torch.tensor(expected["tokens"])).logits.numpy()
+        return float(numpy.abs(found - expected["logits"]).max())
+
+
+def test_every_variant_that_was_written_is_tested():
+    assert sorted(path.name for path in (FOLDERS / "models").iterdir()) == sorted(VARIANTS)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_the_merged_folder_has_our_logits(kind, libraries):
+    _, transformers, _ = libraries
+    folder = FOLDERS / "models" / kind
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert largest_difference(model, folder, libraries) < 1e-4
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_base_and_adapter_have_our_logits(kind, libraries):
+    import peft
+
+    _, transformers, _ = libraries
+    folder = FOLDERS / "models" / kind
+    # The base as jaxtune's config.json says it: a file by transformers 5 alone would lose its rope in transformers 4.
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "base", config=transformers.AutoConfig.from_pretrained(folder / "hf")
+    )
+    assert largest_difference(model, folder, libraries) > 1e-2
+    adapted = peft.PeftModel.from_pretrained(model, folder / "adapter")
+    assert largest_difference(adapted, folder, libraries) < 1e-4
+    layers = [name for name, _ in adapted.named_modules() if name.endswith("lora_A.default")]
+    assert len(layers) == 7 * model.config.num_hidden_layers
+
+
+def test_the_tokenizer_gives_the_ids_of_training(libraries):
+    _, transformers, _ = libraries
+    expected = json.loads((FOLDERS / "tokenizer" / "expected.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDERS / "tokenizer")
+    text = tokenizer.apply_chat_template(expected["messages"], tokenize=False, add_generation_prompt=True)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected["ids"]
