@@ -105,7 +105,7 @@ class Decoding:
             progress.cache,
             chosen[:, None],
             (rows.lengths + progress.step)[:, None],
-            live.astype(jnp.int32)[:, None],
+            jnp.ones_like(chosen)[:, None],
             last=jnp.zeros_like(counts),
         )
         return Progress(cache, logits, tokens, counts, done, progress.step + 1)

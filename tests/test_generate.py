@@ -20,7 +20,7 @@ from jaxtune.asking import Sampling
 from jaxtune.convert.folder import open_folder
 from jaxtune.convert.hf import export_folder
 from jaxtune.data.templates import load_tokenizer
-from jaxtune.decoding import nucleus
+from jaxtune.decoding import CHOICES, Rows, nucleus
 from jaxtune.opening import find, open_model
 
 
@@ -66,7 +66,9 @@ def test_a_long_prompt_makes_only_its_own_batch_small(folder):
     model = answerer(folder, batch=None)
     prompts = [[7] * length for length in (3, 100, 4, 5, 6)]
     assert list(model._batches(prompts, Sampling(8))) == [[0, 2, 3, 4, 1]]
-    room = 2 * 4 * 4 * 32 * 64 * 4  # four rows of 32 tokens with 32 new ones, 4 heads; the cache needs not quite as much
+    room = (
+        2 * 4 * 4 * 32 * 64 * 4
+    )  # four rows of 32 tokens with 32 new ones, 4 heads; the cache needs not quite as much
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answering, "BATCH_BYTES", 2 * room)
         assert list(model._batches(prompts, Sampling(8))) == [[0, 2, 3, 4], [1]]
@@ -126,6 +128,19 @@ def test_nucleus_keeps_the_likeliest_up_to_top_p():
     logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]))
     kept = np.isfinite(nucleus(logits, jnp.float32(0.6)))
     np.testing.assert_array_equal(kept, [[False, True, True], [False, False, True]])
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely_and_anew_each_step(model):
+    keys = jax.random.split(jax.random.key(0), 4000)
+    rows = Rows(None, None, keys, jnp.float32(0.5), jnp.float32(0.85))
+    logits = jnp.log(jnp.tile(jnp.array([0.2, 0.5, 0.3]), (4000, 1)))
+    squares = np.array([0.04, 0.25, 0.09])  # temperature 1/2 squares probabilities
+    for draw, expected in (("drawn", squares), ("nucleus", squares * [0, 1, 1])):  # 0.25 + 0.09 make 0.89
+        drawn = [np.asarray(CHOICES[draw](logits, rows, jnp.int32(step))) for step in (0, 1)]
+        shares = np.bincount(drawn[0], minlength=3) / 4000
+        np.testing.assert_allclose(shares, expected / expected.sum(), atol=0.03)
+        assert (drawn[0] != drawn[1]).mean() > 0.2
+    assert len(set(model.answer_prompts([[9, 8]], Sampling(16, temperature=1e6))[0].tokens)) > 8
 
 
 def test_streaming_gives_the_text_of_the_batch(model):
