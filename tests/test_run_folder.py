@@ -1,5 +1,6 @@
 """One run writes a folder at a time, and only the run that it holds goes on."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -78,6 +79,21 @@ def test_of_many_that_find_a_dead_lock_one_alone_takes_it(tmp_path):
     for other in others:
         other.communicate("")
     assert sum(other.returncode == 0 for other in others) == 1
+
+
+def test_nobody_looks_at_the_lock_while_another_judges_and_replaces_it(tmp_path, monkeypatch):
+    lock_of(tmp_path / "run", pid=2**22 + 1)
+    judged = []
+
+    def is_alive(holder):
+        with (tmp_path / "run" / ".lock.guard").open("w") as guard, pytest.raises(BlockingIOError):
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        judged.append(holder["pid"])
+        return False
+
+    monkeypatch.setattr(run_folder, "_is_alive", is_alive)
+    RunFolder(str(tmp_path / "run")).release()
+    assert judged == [2**22 + 1]
 
 
 def test_the_number_of_a_dead_process_given_anew_keeps_nobody_out(tmp_path):
