@@ -15,7 +15,7 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from quickstart_tasks import LETTERS, NAMES, WORDS, records
+from quickstart_tasks import LETTERS, NAMES, TASK_NAMES, WORDS, records
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "jaxtune" / "assets" / "quickstart"
@@ -70,8 +70,7 @@ def is_fresh(record: dict[str, Any], seen: set[str]) -> bool:
 
 def take_evenly(stream: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Returns `count` records with equally many of each task."""
-    names = list(dict.fromkeys(record["task"] for record in records(19, seed=0)))
-    left = dict.fromkeys(names, count // len(names))
+    left = dict.fromkeys(TASK_NAMES, count // len(TASK_NAMES))
     taken = []
     for tries, record in enumerate(stream):
         if left[record["task"]]:

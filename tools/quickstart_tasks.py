@@ -227,13 +227,20 @@ def _by_name(name: str) -> Task:
     return next(task for task in TASKS if task.name == name)
 
 
+# Copying the value beside a repeated key is the hardest of the skills, so it comes round more often.
+TURNS = {"lookup": 4}
+TASK_NAMES = (*(task.name for task in TASKS), "system", "remember")
+
+
 def records(count: int, *, seed: int, held_out_phrasing: bool = False) -> Iterator[dict[str, Any]]:
     """Yields `count` records, the tasks in turn: every single-turn task, then a system prompt, then a conversation."""
     rng = random.Random(seed)
-    kinds: list[Callable[[], dict[str, Any]]] = [
-        *(lambda task=task: single_turn(task, rng, held_out_phrasing=held_out_phrasing) for task in TASKS),
-        lambda: with_system(rng, held_out_phrasing=held_out_phrasing),
-        lambda: multi_turn(rng, held_out_phrasing=held_out_phrasing),
-    ]
+    turns = [task for task in TASKS for _ in range(TURNS.get(task.name, 1))]
     for number in range(count):
-        yield kinds[number % len(kinds)]()
+        place = number % (len(turns) + 2)
+        if place < len(turns):
+            yield single_turn(turns[place], rng, held_out_phrasing=held_out_phrasing)
+        elif place == len(turns):
+            yield with_system(rng, held_out_phrasing=held_out_phrasing)
+        else:
+            yield multi_turn(rng, held_out_phrasing=held_out_phrasing)
