@@ -145,9 +145,8 @@ def _report(records: list[dict[str, Any]], output: str | None, seconds: float) -
         cut = "" if record["stopped"] == "stop" else f" … ({record['stopped']})"
         print(f"> {asked}\n{record['answer']}{cut}\n")
     tokens = sum(record["tokens"] for record in records)
-    _say(
-        f"{len(records):,} answers, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s, compiling included)"
-    )
+    rate = f"{tokens / seconds:,.0f} tokens/s, compiling included"
+    _say(f"{len(records):,} answers, {tokens:,} tokens in {seconds:.1f} s ({rate})")
     if output:
         _say(f"wrote {output}")
 
