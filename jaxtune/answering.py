@@ -1,7 +1,6 @@
 """Conversations in, answers out: batches of prompts and streams of text, over one opened model."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import adapters, hub
+from jaxtune import adapters
 from jaxtune.asking import Sampling
 from jaxtune.data.records import Message, RowError
 from jaxtune.decoding import Decoding, Rows, bucket, cache_bytes
@@ -263,14 +262,8 @@ def open_answerer(
         batch: as in `Answerer`.
         say: told what was opened, in a line.
     """
-    use_compilation_cache()
+    sharding.use_compilation_cache()
     opened = open_model(path, **options)
     if say is not None:
         say(f"{opened.name}: {adapters.count(opened.state):,} parameters; template: {opened.template.name}")
     return Answerer(opened, batch=batch)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled functions between runs, unless the user already says where."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(hub.cache_dir(), "xla"))

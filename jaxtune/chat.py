@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from jaxtune import asking
-from jaxtune.compat import keep_tpu_plugin_quiet
+from jaxtune.compat import prepare_environment
 
 Message = dict[str, str]
 MAX_NEW_TOKENS = 512
@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> int:
         sampling = asking.read_sampling(flags)
     except ValueError as error:
         return asking.fail(error, 2)
-    keep_tpu_plugin_quiet()
+    prepare_environment()
     from jaxtune.answering import open_answerer  # only now: a mistake in a flag should not wait for jax
 
     try:

@@ -7,13 +7,14 @@ import os
 import pathlib
 
 
-def keep_tpu_plugin_quiet() -> None:
-    """Keeps an installed libtpu from disturbing a machine that has no TPU; call it before jax is imported.
+def prepare_environment() -> None:
+    """Settles what libraries read from the environment; call it before jax and transformers are imported.
 
-    With libtpu installed (the `plan` extra) jax would ask for a TPU first and wait for a metadata server that a laptop
-    does not have. A TPU VM shows its chips as device files; without them, and without a platform named by the user,
-    the platforms are left to jax minus the TPU.
+    transformers advises to install torch wherever it is missing; nothing here needs it. With libtpu installed (the
+    `plan` extra) jax would ask for a TPU first and wait for a metadata server that a laptop does not have. A TPU VM
+    shows its chips as device files; without them, and without a platform named by the user, jax is left the CPU.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     has_chips = any(pathlib.Path("/dev").glob("accel*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
     if not has_chips:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

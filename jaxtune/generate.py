@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtune import asking
-from jaxtune.compat import keep_tpu_plugin_quiet
+from jaxtune.compat import prepare_environment
 
 SHOWN = 5  # answers printed when all are in a file
 ROLES = ("system", "user", "assistant")
@@ -32,7 +32,7 @@ def main(words: Sequence[str]) -> int:
         requests = read_requests(flags.prompts, flags.prompt)
     except ValueError as error:
         return asking.fail(error, 2)
-    keep_tpu_plugin_quiet()
+    prepare_environment()
     from jaxtune.answering import open_answerer  # only now: a mistake in a flag should not wait for jax
 
     try:

@@ -14,7 +14,7 @@ from jaxtune.batch import Batch, HostBatch
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.data.loader import Stream
-from jaxtune.memory import explain_out_of_memory, is_out_of_memory
+from jaxtune.memory import memory_explained
 from jaxtune.metrics import PEAK_FLOPS, Meter, MetricsLog, Terminal, memory_bytes
 from jaxtune.optimizer import make_schedule
 from jaxtune.sharding import batch_sharding
@@ -79,6 +79,7 @@ class Loop:
         self._schedule = make_schedule(self.config, self.steps)
         self._meter, self._skipped, self._best = Meter(), 0, best
         self._eval_loss: float | None = None
+        self._needs = self.train_step.memory_analysis()
         self._evaluated = -1  # the update after which that loss was
         self._saved_step = start
         every_eval = choose_eval_interval(self.config, self.steps)
@@ -91,7 +92,7 @@ class Loop:
                 waiting = time.perf_counter()
                 batch, data_state = next(batches)
                 waited = time.perf_counter() - waiting
-                with self._memory_explained():
+                with memory_explained(self.config, self._needs):
                     state, metrics = self.train_step(state, frozen, self._put(batch))
                     if done is not None:
                         loss = self._watch(done, bar)
@@ -109,7 +110,7 @@ class Loop:
                 saves = bool(every and step % every == 0)
                 if evaluates or saves or step == self.steps or caught:
                     if done is not None:
-                        with self._memory_explained():
+                        with memory_explained(self.config, self._needs):
                             loss, done = self._watch(done, bar), None
                     if evaluates and not caught:
                         saves |= self._evaluate(step, state, frozen)
@@ -179,7 +180,7 @@ class Loop:
         for number, (batch, _) in enumerate(self.eval_stream.batches(self.eval_stream.initial_state())):
             if limit is not None and number >= limit:
                 break
-            with self._memory_explained():
+            with memory_explained(self.config, self._needs):
                 sums.append(self.eval_step(state.trainable, frozen, self._put(batch)))
         totals = [math.fsum(float(value) for value in column) for column in zip(*jax.device_get(sums), strict=True)]
         total = EvalSums(*totals)
@@ -203,15 +204,6 @@ class Loop:
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpoints.save(step, state, run=run)
-
-    @contextlib.contextmanager
-    def _memory_explained(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(explain_out_of_memory(self.config, self.train_step.memory_analysis(), error)) from None
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """What to say when a device has too little memory."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from jaxtune.config import Config
@@ -11,6 +13,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError") and (
         "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text
     )
+
+
+@contextlib.contextmanager
+def memory_explained(config: Config, analysis: Any) -> Iterator[None]:
+    """Turns XLA's out-of-memory error into a ValueError that says what filled the device and what helps."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(explain_out_of_memory(config, analysis, error)) from None
 
 
 def explain_out_of_memory(config: Config, analysis: Any, error: BaseException) -> str:
@@ -31,9 +44,7 @@ def explain_out_of_memory(config: Config, analysis: Any, error: BaseException) -
     lines.append(f"XLA said: {str(error).splitlines()[0][:300]}")
     lines.append("Settings that help, the cheapest first:")
     if rows > 1:
-        lines.append(
-            f"  train.microbatch_rows={rows // 2}   halves activations ({rows} rows at once now), same result"
-        )
+        lines.append(f"  train.microbatch_rows={rows // 2}   halves activations ({rows} rows at once now), same result")
     if config.model.remat != "full":
         lines.append("  model.remat=full          keeps one activation a layer; a step takes about 1.3 times as long")
     if config.tuning.method == "full":

@@ -49,6 +49,11 @@ class RunFolder:
         Raises:
             ValueError: another live run holds the folder, it holds something that is no run, or it cannot be written.
         """
+        if "://" in path:
+            raise ValueError(
+                f"output: found {path}; expected a folder of this machine's file system. Mount the bucket (gcsfuse, "
+                "s3fs, a Drive) and give the path where it is mounted, or copy the folder when the run has ended"
+            )
         self.path = pathlib.Path(path)
         self._say = say
         self._stop = threading.Event()

@@ -6,12 +6,15 @@ over, so that a change of layout is a change of the table.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxtune import hub
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "context", "expert")
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
@@ -74,6 +77,12 @@ def _device_array(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     if shape[0] > 1:
         return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (shape[0], *[1] * (len(shape) - 1)), devices)
     return mesh_utils.create_device_mesh(shape, devices)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled functions between runs, unless the user already says where (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(hub.cache_dir(), "xla"))
 
 
 def check_batch(rows: int, mesh: Mesh, *, key: str = "train.batch_rows") -> None:

@@ -24,9 +24,9 @@ def train(config: Config) -> Any:
     Raises:
         ValueError: for anything that the user can put right, with what was found and what to do.
     """
-    from jaxtune.compat import keep_tpu_plugin_quiet
+    from jaxtune.compat import prepare_environment
 
-    keep_tpu_plugin_quiet()
+    prepare_environment()
     from jaxtune.training import run  # only now: a mistake in the configuration should not wait for jax
 
     return run(config)

@@ -1,6 +1,6 @@
 """A run from its configuration to the folders it exports, told in the order things happen."""
 
-import os
+import contextlib
 import pathlib
 from typing import Any, NamedTuple
 
@@ -13,15 +13,16 @@ from jaxtune.batch import Batch
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.convert.folder import HFFolder, open_folder
-from jaxtune.convert.hf import export_folder
+from jaxtune.convert.hf import check_space, export_folder
 from jaxtune.convert.peft import export_adapter
 from jaxtune.data.loader import Stream, open_eval_stream, open_stream
 from jaxtune.data.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.loop import Loop, Outcome
+from jaxtune.memory import memory_explained
 from jaxtune.metrics import MetricsLog, Terminal, duration
 from jaxtune.optimizer import make_optimizer, warmup_steps
 from jaxtune.run_folder import RunFolder
-from jaxtune.sharding import batch_sharding, check_batch, create_on_mesh, make_mesh
+from jaxtune.sharding import batch_sharding, check_batch, create_on_mesh, make_mesh, use_compilation_cache
 from jaxtune.step import (
     TrainState,
     compile_eval_step,
@@ -61,7 +62,7 @@ class Inputs(NamedTuple):
 def run(config: Config) -> Result:
     """Runs a configuration to its end; see `jaxtune.train.train`."""
     terminal = Terminal(quiet=jax.process_index() > 0)
-    _use_compilation_cache()
+    use_compilation_cache()
     folder = RunFolder(config.output, say=terminal.say)
     try:
         with jax.set_mesh(make_mesh(config.mesh.model_dump())):
@@ -72,92 +73,135 @@ def run(config: Config) -> Result:
 
 def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     mesh = jax.sharding.get_mesh()
-    platform = mesh.devices.flat[0].platform
     check_batch(config.train.microbatch_rows or config.train.batch_rows, mesh, key=_rows_key(config))
-
     inputs, config = _open_inputs(config, folder, terminal)
+
     checkpoints = Checkpoints(str(folder.path / "checkpoints"), keep=config.checkpoint.keep)
-    newest = checkpoints.newest_usable(terminal.warn) if folder.check_resume(config) else None
-    saved = checkpoints.read_run(newest) if newest is not None else None
-    steps = _count_steps(config, inputs.stream, saved)
-    start = saved["step"] if saved else 0
-    if start > steps:
-        raise ValueError(
-            f"train.steps: found {steps}, but {folder.path} is at step {start}; expected at least that many steps"
-        )
-    folder.write_config(config)
-
-    dtype, param_dtype = assembly.resolve_dtypes(config, platform)
-    plan = assembly.plan_model(
-        inputs.base.config, config.tuning, param_dtype=param_dtype or dtype, seed=config.seed, where=inputs.base.path
-    )
-    compute, attention_reason = assembly.resolve_compute(config, platform)
-    terminal.say(_describe_plan(config, plan, steps, attention_reason, inputs))
-
-    optimizer = make_optimizer(config, max(steps, 1), plan.trainable)
-    state, frozen = _load_state(config, plan, optimizer, inputs, checkpoints, newest, terminal)
-
-    outcome = Outcome(step=start, loss=None, eval_loss=saved.get("eval_loss") if saved else None, exit_code=0)
-    if start < steps:
-        stream = inputs.stream
-        assert stream is not None  # _count_steps gives no steps without data
-        data_state = saved["data"] if saved else stream.initial_state()
-        example = _abstract_batch(config, inputs.max_length, mesh)
-        with terminal.working("compiling the training step"):
-            train_step = compile_train_step(
-                make_train_step(plan.graph, optimizer, compute), state, frozen, example, platform=platform
+    with contextlib.closing(checkpoints):
+        newest = checkpoints.newest_usable(terminal.warn) if folder.check_resume(config) else None
+        saved = checkpoints.read_run(newest) if newest is not None else None
+        steps = _count_steps(config, inputs.stream, saved)
+        if saved and saved["step"] > steps:
+            raise ValueError(
+                f"train.steps: found {steps}, but {folder.path} is at step {saved['step']}; expected at least as many"
             )
-        eval_step = None
-        if inputs.eval_stream is not None:
-            with terminal.working("compiling the evaluation"):
-                eval_step = compile_eval_step(
-                    make_eval_step(plan.graph, compute), state.trainable, frozen, example, platform=platform
-                )
-        log = MetricsLog(
-            folder.path,
-            resumed_step=start,
-            tensorboard=config.log.tensorboard,
-            wandb=config.log.wandb,
-            config=config.model_dump(mode="json"),
-        )
-        for sentence in (*stream.warnings, *(inputs.eval_stream.warnings if inputs.eval_stream else ())):
-            terminal.warn(sentence)
-        loop = Loop(
-            config=config,
-            steps=steps,
-            train_step=train_step,
-            eval_step=eval_step,
-            stream=stream,
-            eval_stream=inputs.eval_stream,
-            checkpoints=checkpoints,
-            log=log,
-            terminal=terminal,
-            mesh=mesh,
-            flops_per_token=_flops_per_token(config, plan),
-        )
-        try:
-            state, outcome = loop.run(state, frozen, data_state, start=start, best=_best_loss(checkpoints))
-        finally:
-            log.close()
-    elif saved:
-        terminal.say(f"{folder.path} is already at step {start}; raise train.steps or train.epochs to go on")
-    checkpoints.close()
+        folder.write_config(config)
+
+        plan = _plan_model(config, inputs)
+        optimizer = make_optimizer(config, max(steps, 1), plan.trainable)
+        compute, attention_reason = assembly.resolve_compute(config, mesh.devices.flat[0].platform)
+        terminal.say(_describe_plan(config, plan, steps, attention_reason, inputs))
+        _check_disk(config, plan, inputs, folder)
+
+        state, frozen = _load_state(config, plan, optimizer, inputs, checkpoints, newest, terminal)
+        if saved is None or saved["step"] < steps:
+            train_step, eval_step = _compile(config, plan, optimizer, compute, state, frozen, inputs, terminal)
+            state, outcome = _train(
+                config, plan, inputs, train_step, eval_step, state, frozen, checkpoints, folder, terminal, steps, saved
+            )
+        else:
+            terminal.say(f"{folder.path} is already at step {steps}; raise train.steps or train.epochs to go on")
+            outcome = Outcome(step=steps, loss=None, eval_loss=saved.get("eval_loss"), exit_code=0)
     if outcome.exit_code:
         terminal.say(f"stopped at step {outcome.step} of {steps}, saved; the same command goes on from there")
         return Result(outcome.exit_code, outcome.step, outcome.loss, outcome.eval_loss, config.output, None, None)
-
     hf, adapter = _export(config, folder, inputs, plan, state, frozen, outcome, terminal)
     return Result(0, outcome.step, outcome.loss, outcome.eval_loss, config.output, hf, adapter)
 
 
+def _plan_model(config: Config, inputs: Inputs) -> assembly.ModelPlan:
+    dtype, param_dtype = assembly.resolve_dtypes(config, jax.sharding.get_mesh().devices.flat[0].platform)
+    return assembly.plan_model(
+        inputs.base.config, config.tuning, param_dtype=param_dtype or dtype, seed=config.seed, where=inputs.base.path
+    )
+
+
+def _check_disk(config: Config, plan: assembly.ModelPlan, inputs: Inputs, folder: RunFolder) -> None:
+    """Raises ValueError when the disk cannot hold what the run will write: a full disk at the end wastes the run."""
+    trainable = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.trainable))
+    frozen = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.frozen))
+    files = sum(info.stop - info.start for info in inputs.base.tensors.values()) or trainable + frozen
+    # A checkpoint holds weights and two moments; beside those kept there are the best one and one being written.
+    checkpoints = 3 * trainable * (config.checkpoint.keep + 2) if config.train.steps != 0 else 0
+    check_space(str(folder.path), checkpoints + (files if config.export.hf else 0))
+
+
+def _compile(
+    config: Config,
+    plan: assembly.ModelPlan,
+    optimizer: Any,
+    compute: Any,
+    state: TrainState,
+    frozen: nnx.State,
+    inputs: Inputs,
+    terminal: Terminal,
+) -> tuple[Any, Any]:
+    """Returns the compiled update, and the compiled evaluation where there is something to evaluate."""
+    mesh = jax.sharding.get_mesh()
+    platform = mesh.devices.flat[0].platform
+    example = _abstract_batch(config, inputs.max_length, mesh)
+    with memory_explained(config, None):
+        with terminal.working("compiling the training step"):
+            train_step = compile_train_step(
+                make_train_step(plan.graph, optimizer, compute), state, frozen, example, platform=platform
+            )
+        if inputs.eval_stream is None:
+            return train_step, None
+        with terminal.working("compiling the evaluation"):
+            eval_step = compile_eval_step(
+                make_eval_step(plan.graph, compute), state.trainable, frozen, example, platform=platform
+            )
+    return train_step, eval_step
+
+
+def _train(
+    config: Config,
+    plan: assembly.ModelPlan,
+    inputs: Inputs,
+    train_step: Any,
+    eval_step: Any,
+    state: TrainState,
+    frozen: nnx.State,
+    checkpoints: Checkpoints,
+    folder: RunFolder,
+    terminal: Terminal,
+    steps: int,
+    saved: dict[str, Any] | None,
+) -> tuple[TrainState, Outcome]:
+    """Does the updates that are left, logging as they go."""
+    stream = inputs.stream
+    if stream is None:  # train.steps=0, an import: nothing is left to do
+        return state, Outcome(step=0, loss=None, eval_loss=None, exit_code=0)
+    start = saved["step"] if saved else 0
+    log = MetricsLog(
+        folder.path,
+        resumed_step=start,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        config=config.model_dump(mode="json"),
+    )
+    for sentence in (*stream.warnings, *(inputs.eval_stream.warnings if inputs.eval_stream else ())):
+        terminal.warn(sentence)
+    loop = Loop(
+        config=config,
+        steps=steps,
+        train_step=train_step,
+        eval_step=eval_step,
+        stream=stream,
+        eval_stream=inputs.eval_stream,
+        checkpoints=checkpoints,
+        log=log,
+        terminal=terminal,
+        mesh=jax.sharding.get_mesh(),
+        flops_per_token=_flops_per_token(config, plan),
+    )
+    data_state = saved["data"] if saved else stream.initial_state()
+    with contextlib.closing(log):
+        return loop.run(state, frozen, data_state, start=start, best=_best_loss(checkpoints))
+
+
 def _rows_key(config: Config) -> str:
     return "train.microbatch_rows" if config.train.microbatch_rows else "train.batch_rows"
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled steps between runs, unless the user already says where."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(hub.cache_dir(), "xla"))
 
 
 def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple[Inputs, Config]:

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from jaxtune import asking
-from jaxtune.compat import keep_tpu_plugin_quiet
+from jaxtune.compat import prepare_environment
 
 
 def main(words: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 0 finished (for gguf-check: nothing is wrong), 1 error, 2 usage."""
     flags = _parser().parse_args(words)
-    keep_tpu_plugin_quiet()
+    prepare_environment()
     from jaxtune import conversions  # only now: a mistake in a flag should not wait for jax
 
     try:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtune import asking
-from jaxtune.compat import keep_tpu_plugin_quiet
+from jaxtune.compat import prepare_environment
 
 SHOWN = 3  # wrong answers printed for each file, and
 WIDTH = 160  # characters of each
@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> int:
                 raise ValueError(f"{flag}: found {value}; expected at least 1")
     except ValueError as error:
         return asking.fail(error, 2)
-    keep_tpu_plugin_quiet()
+    prepare_environment()
     from jaxtune.evaluate import running  # only now: a mistake in a flag should not wait for jax
 
     try:
