@@ -29,11 +29,12 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m jaxtune.generate $(RUN)/hf --prompts configs/quickstart_prompts.txt
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not long and not matrix"
+	$(BIN)/python -m pytest -m "not long and not matrix and not plan"
 
 test-long: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m long
 	$(MAKE) test-matrix
+	$(MAKE) test-plan
 
 # Folders that we write, opened by other versions of transformers and peft in an environment of their own.
 MATRIX := .venv-matrix
@@ -46,6 +47,16 @@ test-matrix: $(VENV)/installed-test $(MATRIX)/installed
 	PYTHONPATH=tests JAX_PLATFORMS=cpu $(BIN)/python tests/matrix/write_folders.py build/matrix
 	JAXTUNE_MATRIX_FOLDERS=build/matrix $(MATRIX)/bin/python -m pytest --confcutdir=tests/matrix -m matrix tests/matrix
 
+# The training step compiled for TPUs that are not here; libtpu has an environment of its own.
+PLAN := .venv-plan
+$(PLAN)/installed: pyproject.toml
+	$(PYTHON) -m venv $(PLAN)
+	$(PLAN)/bin/python -m pip install --quiet --editable ".[plan]" pytest
+	touch $@
+
+test-plan: $(PLAN)/installed
+	$(PLAN)/bin/python -m pytest -m plan tests/test_tpu_compile.py
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +65,4 @@ types: $(VENV)/installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(MATRIX) build
+	rm -rf $(VENV) $(MATRIX) $(PLAN) build

@@ -67,8 +67,8 @@ class Compute(NamedTuple):
 
 
 # What the compiler is told besides its defaults, by platform of the mesh. On TPU: no windowed collective matmuls
-# (1.7-1.8 times fewer estimated cycles on an 8B step) and 32 MiB of vector memory for fusions (another 1.1 times; 64 MiB
-# gives 3 % more and takes half as long again to compile).
+# (1.7-1.8 times fewer estimated cycles on an 8B step) and 32 MiB of vector memory for fusions (another 1.1 times;
+# 64 MiB gives 3 % more and takes half as long again to compile).
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "tpu": {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": 100000,

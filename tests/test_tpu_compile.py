@@ -1,0 +1,48 @@
+"""The training step compiles for TPUs that are not here, with the kernels and the memory that it should have."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.plan,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxtune[plan]'"),
+]
+TOOL = pathlib.Path(__file__).resolve().parents[1] / "tools" / "compile_for_tpu.py"
+
+
+def compile_small(tmp_path: pathlib.Path, *words: str) -> tuple[dict, str]:
+    """Returns (what the tool prints, the optimized module) for the small Llama."""
+    command = [sys.executable, str(TOOL), "--shape", "llama-small", "--length", "1024", "--rows", "1", *words]
+    done = subprocess.run([*command, "--hlo", str(tmp_path / "hlo")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), (tmp_path / "hlo").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "topology", "settings"),
+    [
+        ("lora", "v5p:2x2x2", []),
+        ("full", "v5p:2x2x2", ["mesh.tensor=2"]),
+        ("lora", "v5e:2x4", []),
+        ("full", "v6e:2x4", []),
+    ],
+)
+def test_the_step_compiles_with_two_attention_kernels_a_layer(
+    method: str, topology: str, settings: list[str], tmp_path: pathlib.Path
+) -> None:
+    result, module = compile_small(tmp_path, "--method", method, "--topology", topology, *settings)
+    kernels = re.findall(r"custom_call_target=\"tpu_custom_call\"", module)
+    assert len(kernels) == 2, "one forward and one backward kernel in the scanned layer, nothing computed again"
+    assert "estimated_cycles" in module
+    assert result["temporaries_gib"] < 1
+
+
+def test_depth_does_not_lengthen_the_module(tmp_path: pathlib.Path) -> None:
+    lengths = [len(compile_small(tmp_path, "--layers", layers)[1].splitlines()) for layers in ("4", "16")]
+    assert lengths[1] < 1.05 * lengths[0]
