@@ -38,7 +38,11 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A format with the column that each of its fields is read from."""
+    """A format with the column that each of its fields is read from.
+
+    `columns` are those that the first rows have. An optional field that is not among them is looked for, under its
+    usual names, in every row: rows of one source need not all have the same columns.
+    """
 
     format: str
     columns: Mapping[str, str]
@@ -51,14 +55,22 @@ class Layout:
     def convert(self, row: Row) -> list[Conversation]:
         """The row's conversations; raises RowError for a malformed row, NothingToLearn for one without an answer."""
         spec = FORMATS[self.format]
-        values = {field: row.get(column) for field, column in self.columns.items()}
         for field in spec.required:
             if self.columns[field] not in row:
                 raise RowError("missing column", _missing(self.columns[field], list(row)))
+        found = {field: self._column(field, row) for field in spec.fields}
+        values = {field: row.get(column) for field, column in found.items() if column is not None}
         conversations = spec.convert(values)
         for conversation in conversations:
             _check_turns(conversation)
         return conversations
+
+    def _column(self, field: str, row: Row) -> str | None:
+        """The column of this row that holds the field: the layout's, else the first usual name that is there."""
+        column, usual = self.columns.get(field), FORMATS[self.format].fields[field]
+        if column is not None and (column in row or column not in usual):
+            return column
+        return next((name for name in usual if name in row), None)
 
 
 def find_layout(rows: Sequence[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None) -> Layout:

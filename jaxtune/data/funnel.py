@@ -17,7 +17,7 @@ from jaxtune.data.examples import RowReader
 
 Progress = Callable[[int, int], None]
 _BLOCK = 1024
-_VERSION = "1"  # of everything between a row and its tokens: raise it when the code's answer changes
+_VERSION = "2"  # of everything between a row and its tokens: raise it when the code's answer changes
 _COLUMNS = ("tokens", "trained", "lost", "turns", "stops", "reason", "bad", "examples")
 
 

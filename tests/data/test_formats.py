@@ -78,6 +78,18 @@ def test_columns_map_other_names():
         find_layout([row], format="alpaca", columns={"outputs": "antwort"})
 
 
+def test_optional_columns_are_looked_for_in_every_row():
+    layout = find_layout([{"instruction": "Add", "output": "3"}])
+    for name in ("input", "context"):
+        (late,) = layout.convert({"instruction": "Add", name: "1 2", "output": "3", "system": "Be"})
+        assert [m.content for m in late.messages] == ["Be", "Add\n\n1 2", "3"]
+    mapped = find_layout([{"instruction": "Add", "more": "", "output": "3"}], columns={"input": "more"})
+    (other,) = mapped.convert({"instruction": "Add", "input": "not this", "output": "3"})
+    assert [m.content for m in other.messages] == ["Add", "3"]
+    with pytest.raises(RowError, match=r"no column 'output' \(nearest: outputs\)"):
+        layout.convert({"instruction": "Add", "outputs": "3"})
+
+
 def test_no_format_fits():
     with pytest.raises(ValueError, match=r"no format fits the columns found: a, b .*columns.prompt=QUESTION"):
         find_layout([{"a": 1, "b": 2}])
