@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import urllib.parse
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -134,6 +135,8 @@ class JsonLines:
                 "invalid JSON",
                 f"column {error.colno}: {error.msg}, near {near!r}; expected one complete JSON object a line",
             ) from error
+        if b"\\u" in raw:
+            _check_escapes(value)
         if not isinstance(value, dict):
             raise RowError(
                 "not an object", f"found a JSON {type(value).__name__}; expected an object {{...}} with named columns"
@@ -142,6 +145,18 @@ class JsonLines:
 
     def where(self, i: int) -> str:
         return f"{self.shown_as}:{int(self.lines[i]) if len(self.lines) else i + 1}"
+
+
+def _check_escapes(value: Any) -> None:
+    """Raises RowError for half of a surrogate pair, which JSON can write and no text can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        near = error.object[max(0, error.start - 15) : error.start].encode("utf-8", "replace").decode()
+        raise RowError(
+            "not Unicode", f"found {half}, half of a surrogate pair, after {near!r}; expected both halves, or neither"
+        ) from error
 
 
 class ArrowRows:
@@ -185,10 +200,7 @@ class HubDataset:
     def __init__(self, dataset: Any, split: str | None, *, path: str) -> None:
         self.dataset = dataset
         self.name = path if split is None else f"{path}[{split}]"
-        # The library's own fingerprint depends on how its cache was made, so rows speak for themselves.
-        probe = sorted({k * len(dataset) // 64 for k in range(64)}) if len(dataset) else []
-        rows = json.dumps([dataset[i] for i in probe], sort_keys=True, default=str)
-        self.fingerprint = _digest(self.name, str(len(dataset)), str(dataset.features), rows)
+        self.fingerprint = _digest(self.name, str(len(dataset)), str(dataset.features), _rows_digest(dataset))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -201,6 +213,15 @@ class HubDataset:
 
     def raw(self, i: int) -> str:
         return json.dumps(self.row(i), ensure_ascii=False, default=str)
+
+
+def _rows_digest(dataset: Any) -> str:
+    """A hash of all rows, block by block: the library's own fingerprint depends on how its cache was made."""
+    digest = hashlib.blake2b(digest_size=16)
+    for block in dataset.with_format("arrow").iter(batch_size=4096):
+        for batch in block.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
 def _load_hub_dataset(config: SourceConfig) -> tuple[Any, str | None]:
@@ -292,8 +313,16 @@ def _write_index(path: str, out: str) -> None:
 
 def _explode(path: str, out: str, shown_as: str) -> None:
     """Writes a JSON array as JSON lines, and beside it the line of the array's file that each item began on."""
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read()
+    with open(path, "rb") as file:
+        data = file.read().removeprefix(_BOM)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = error.start - data.rfind(b"\n", 0, error.start)
+        raise ValueError(
+            f"{shown_as}:{line}: byte {byte} of the line is {data[error.start]:#04x}; expected UTF-8 text"
+        ) from error
     decoder, lines, line, seen = json.JSONDecoder(), [], 1, 0
     position = text.index("[") + 1
     with open(out, "w", encoding="utf-8") as target:
@@ -333,7 +362,7 @@ def _gunzip(path: str, out: str) -> None:
     try:
         with gzip.open(path, "rb") as packed, open(out, "wb") as target:
             shutil.copyfileobj(packed, target, _CHUNK)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a complete gzip file ({error}); fetch or compress it again") from error
 
 

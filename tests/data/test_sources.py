@@ -85,6 +85,7 @@ def test_lines_across_the_search_chunks(tmp_path, monkeypatch):
         (b'{"a": 1,', "invalid JSON", r"column 9: .*expected one complete JSON object a line"),
         (b'{"a": nul}', "invalid JSON", r"column 7: Expecting value, near '\{\"a\": nul\}'"),
         (b'{"a": "\xff"}', "not UTF-8", r"byte 8 of the line is 0xff; expected UTF-8 text"),
+        (rb'{"a": "x \ud83d y"}', "not Unicode", r"found \\ud83d, half of a surrogate pair, after '.*x '"),
         (b"[1, 2]", "not an object", r"found a JSON list; expected an object"),
     ],
 )
@@ -94,6 +95,7 @@ def test_bad_lines(tmp_path, line, reason, message):
     source = open_path(path)
     with pytest.raises(RowError, match=message) as error:
         source.row(1)
+    str(error.value).encode()
     assert error.value.reason == reason and source.where(1) == f"{path}:2"
     assert source.row(2) == {"a": 2}
 
@@ -127,6 +129,21 @@ def test_saved_datasets(tmp_path):
         open_path(tmp_path / "both", split="valid")
 
 
+def test_any_changed_row_changes_a_saved_datasets_fingerprint(tmp_path):
+    def fingerprint(name, rows):
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
+        (tmp_path / "now").unlink(missing_ok=True)
+        (tmp_path / "now").symlink_to(tmp_path / name)
+        return open_path(tmp_path / "now").fingerprint
+
+    rows = [{"text": f"row {i}"} for i in range(5000)]
+    first = fingerprint("first", rows)
+    assert fingerprint("same", rows) == first
+    for changed in (1, 4097, 4999):
+        other = [{"text": "other"} if i == changed else row for i, row in enumerate(rows)]
+        assert fingerprint(f"other{changed}", other) != first
+
+
 def test_paths_that_are_not_there(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(as_lines(ROWS))
     (tmp_path / "empty").mkdir()
@@ -146,6 +163,14 @@ def test_paths_that_are_not_there(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_lines(ROWS))[:-20])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz: not a complete gzip file"):
         open_path(tmp_path / "a.jsonl.gz")
+    packed = bytearray(gzip.compress(as_lines(ROWS)))
+    packed[10:14] = b"\xff" * 4
+    (tmp_path / "b.jsonl.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz: not a complete gzip file .*invalid"):
+        open_path(tmp_path / "b.jsonl.gz")
+    (tmp_path / "latin.json").write_bytes('[\n {"a": "caf\u00e9"}]'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.json:2: byte 12 of the line is 0xe9; expected UTF-8 text"):
+        open_path(tmp_path / "latin.json")
 
 
 def test_model_folders(tmp_path, monkeypatch):
