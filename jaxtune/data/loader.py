@@ -138,9 +138,11 @@ class Stream:
     ) -> list[tuple[Window, int] | None]:
         """The lane's next rows as (window, row); None for each row past its end. Moves the cursor."""
         taken: list[tuple[Window, int] | None] = []
-        end = self.maker.count
+        counts = self.rows_of_windows
+        # In the last window the cursor stays behind the last row taken: a longer run goes on from there.
+        end = None if counts is None else [len(counts) - 1, int(counts[-1])]
         while len(taken) < count:
-            if end is not None and cursor[0] >= end:
+            if end is not None and cursor >= end:
                 taken.append(None)
                 continue
             while not waiting[lane]:
@@ -420,8 +422,10 @@ def _plan(maker: WindowMaker, tables: Sequence[funnel.RowTable]) -> tuple[np.nda
     counts, tokens = [], 0
     for window in range(maker.count or 0):
         lengths = window_lengths(maker.draw(window), tables)
-        tokens += sum(lengths)
-        counts.append(len(maker.pack(lengths, window)))
+        rows = maker.pack(lengths, window)
+        rows = rows[: maker.rows_taken(window, len(rows))]
+        tokens += sum(lengths[example] for row in rows for example in row)
+        counts.append(len(rows))
     return np.array(counts, np.int64), tokens / max(1, sum(counts) * maker.length)
 
 

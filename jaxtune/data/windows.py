@@ -55,12 +55,25 @@ class WindowMaker:
 
     def draw(self, window: int) -> mixture.Draws:
         """The draws of a window; none past the end."""
+        past = self.count is not None and window >= self.count
+        first, last = (0, 0) if past else self._span(window)
+        return self.draws.block(first, last - first)
+
+    def rows_taken(self, window: int, rows: int) -> int:
+        """How many of a window's `rows` the run takes: all, save where a part of an epoch ends within it.
+
+        The window is cut and packed as in a whole epoch, so that a run given more epochs later goes on with its other
+        rows.
+        """
+        first, last = self._span(window)
+        wanted = last - first if self.total is None else min(last, self.total) - first
+        return -(-rows * wanted // (last - first))
+
+    def _span(self, window: int) -> tuple[int, int]:
+        """First and last draw (exclusive) of a window of the endless plan."""
         epoch, part = divmod(window, self.per_epoch)
         first = epoch * self.epoch_draws + part * self.size
-        last = min(first + self.size, (epoch + 1) * self.epoch_draws)
-        if self.total is not None:
-            last = min(last, self.total)
-        return self.draws.block(first, max(0, last - first)) if last > first else self.draws.block(0, 0)
+        return first, min(first + self.size, (epoch + 1) * self.epoch_draws)
 
     def pack(self, lengths: Sequence[int], window: int) -> list[list[int]]:
         """Rows of the window's examples."""

@@ -137,6 +137,25 @@ def test_more_epochs_or_steps_later_go_on_with_the_same_stream(open_, write_rows
     assert all(row for batch in batches for row in batch.examples)
 
 
+@pytest.mark.parametrize(("window", "lanes"), [(8, 1), (8, 2), (256, 1)])
+@pytest.mark.parametrize(("part", "whole"), [(0.5, 1.0), (1.3, 2.0), (0.27, 0.81)])
+def test_part_of_an_epoch_and_then_more_lose_and_repeat_nothing(open_, write_rows, window, lanes, part, whole):
+    path = write_rows("a.jsonl", pairs(200))
+    short, long = (open_(make_config(path, window=window, lanes=lanes, train={"epochs": e})) for e in (part, whole))
+    first = collect(short)
+    assert len(first) == short.steps_per_run and short.steps_left(first[-1][1]) == 0
+    rest = collect(long, json.loads(json.dumps(first[-1][1])))
+    assert len(rest) == long.steps_left(first[-1][1])
+    seen, all_, early = (
+        collections.Counter(e for batch, _ in batches for row in batch.examples for e in row)
+        for batches in ([*first, *rest], collect(long), first)
+    )
+    assert seen == all_ and set(seen.values()) == {1}
+    assert sum(early.values()) == pytest.approx(200 * part, abs=12)
+    rows = [row for batch, _ in first for row in batch.arrays.segment_ids if row.any()]
+    assert short.fill == pytest.approx(np.mean([(row > 0).mean() for row in rows]))
+
+
 def test_another_configuration_never_resumes_silently(stream, open_, write_rows):
     other = open_(make_config(write_rows("a.jsonl", pairs(60)), window=16))
     with pytest.raises(ValueError, match=r"data stream has changed since this state was saved"):
