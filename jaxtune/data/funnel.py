@@ -67,6 +67,11 @@ class SourceFunnel:
     lost: Mapping[str, Loss]
     exact: bool
 
+    def why_lost(self) -> str:
+        """Every reason of loss with its number of rows and the first of them."""
+        told = "; ".join(f"{loss.rows:,} {reason}, first at {loss.where}" for reason, loss in self.lost.items())
+        return told or "it has no row"
+
 
 @dataclasses.dataclass(frozen=True)
 class Funnel:
@@ -93,6 +98,11 @@ class Funnel:
                 out.append(
                     f"{s.name}: {share:.1%} of its tokens are lost because {rows:,} rows are over length; raise "
                     "data.max_length or choose data.overlong=split (loses nothing), truncate_turns or truncate_right"
+                )
+            if not s.kept:  # only evaluation may go on without a source
+                out.append(
+                    f"{s.name}: none of its {s.rows:,} rows held out can be evaluated ({s.why_lost()}), so it has no "
+                    "share in the evaluation loss; raise data.eval_fraction, or name rows in data.eval"
                 )
             if s.stops < s.turns:
                 out.append(f"{s.name}: the end-of-turn token is trained in {s.stops:,} of {s.turns:,} assistant turns")
@@ -216,8 +226,13 @@ def _load(path: str) -> RowTable:
         return RowTable(saved["rows"], columns, saved["lengths"], tuple(told["reasons"]), messages)
 
 
-def problems(funnel: Funnel, tables: Sequence[RowTable], *, on_bad_row: str, max_lost: float | None) -> list[str]:
-    """Why training must not start; empty when it may."""
+def problems(
+    funnel: Funnel, tables: Sequence[RowTable], *, on_bad_row: str, max_lost: float | None, held_out: bool = False
+) -> list[str]:
+    """Why training must not start; empty when it may.
+
+    `held_out`: the rows are those of data.eval_fraction. A source may then have none of use, as long as one has some.
+    """
     out = []
     for source, table in zip(funnel.sources, tables, strict=True):
         if on_bad_row == "error" and table.messages:
@@ -226,14 +241,19 @@ def problems(funnel: Funnel, tables: Sequence[RowTable], *, on_bad_row: str, max
             out.append(
                 f"{first}{more}; repair it, or set data.on_bad_row=skip or quarantine to go on without such rows"
             )
-        elif source.kept == 0:
-            why = "; ".join(f"{loss.rows:,} {reason}, first at {loss.where}" for reason, loss in source.lost.items())
-            out.append(f"{source.name}: none of its {source.rows:,} rows can be trained on ({why or 'it is empty'})")
+        elif source.kept == 0 and not held_out:
+            out.append(f"{source.name}: none of its {source.rows:,} rows can be trained on ({source.why_lost()})")
         elif source.turns and source.stops == 0:
             out.append(
                 f"{source.name}: the end-of-turn token is trained in 0 of {source.turns:,} assistant turns, so the "
                 "model would never stop; use a template that ends answers with it"
             )
+    if held_out and not out and not funnel.total("kept"):
+        why = "; ".join(f"{source.name}: {source.why_lost()}" for source in funnel.sources)
+        out.append(
+            f"data.eval_fraction: none of the {funnel.total('rows'):,} rows held out can be evaluated ({why}); raise "
+            "data.eval_fraction, or name rows for evaluation in data.eval"
+        )
     if max_lost is not None and funnel.lost_share > max_lost:
         out.append(
             f"data.max_lost: {funnel.lost_share:.2%} of the tokens are lost, more than {max_lost:.2%}; "

@@ -32,6 +32,8 @@ EXACT_ROWS = 200_000  # up to here every row is tokenised before step 1
 SAMPLE_ROWS = 20_000  # beyond, the funnel is estimated from so many
 _MIN_WINDOWS_PER_LANE = 8
 _DETECTION_ROWS = 20
+_QUARANTINE = "quarantine.jsonl"
+_EVAL_QUARANTINE = "quarantine_eval.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Stream:
         exact = all(s.exact for s in self.funnel.sources)
         if window.bad and self.on_bad_row == "quarantine" and not exact:
             found = [(self.maker.readers[s].source, row, message) for s, row, message in window.bad]
-            quarantine(found, self.output_dir, mode="a")
+            quarantine(found, self.output_dir, _QUARANTINE, mode="a")  # evaluation is always counted
 
     def _batch(self, picked: Sequence[tuple[Window, int] | None]) -> HostBatch:
         rows, names = [], []
@@ -226,7 +228,7 @@ def open_stream(
     held = [_held_out(len(r.source), config.data.eval_fraction) for r in readers]
     rows = [_all_but(len(r.source), h, config.seed, i) for i, (r, h) in enumerate(zip(readers, held, strict=True))]
     exact = sum(map(len, rows)) <= EXACT_ROWS
-    counted = _count(config, config.data.train, readers, rows, exact, cache_dir, output_dir, progress)
+    counted = _count(config, config.data.train, readers, rows, exact, cache_dir, output_dir, progress, evaluation=False)
     weighted = any(s.weight is not None for s in config.data.train)
     leaves = [
         mixture.Leaf(len(r.source), Fraction(str(s.weight or 1)), s.epochs, h)
@@ -263,6 +265,13 @@ def open_eval_stream(
     chosen = config.data.eval or (config.data.train if config.data.eval_fraction else ())
     if not chosen:
         return None
+    for i, source in enumerate(config.data.eval):
+        for key, value, default in (("weight", source.weight, None), ("epochs", source.epochs, 1.0)):
+            if value != default:
+                raise ValueError(
+                    f"data.eval.{i}.{key}: found {value}; evaluation reads every row once, so remove it (it is for "
+                    "data.train)"
+                )
     readers = _readers(config, chosen, tokenizer, max_length, cache_dir)
     if config.data.eval:
         rows = [np.arange(len(r.source)) for r in readers]
@@ -272,7 +281,7 @@ def open_eval_stream(
             mixture.held_out_rows(len(r.source), n, seed=config.seed, source=i)
             for i, (r, n) in enumerate(zip(readers, counts, strict=True))
         ]
-    counted = _count(config, chosen, readers, rows, True, cache_dir, output_dir, progress)
+    counted = _count(config, chosen, readers, rows, True, cache_dir, output_dir, progress, evaluation=True)
     draws = mixture.InOrder(rows)
     maker = WindowMaker(
         readers=readers,
@@ -349,6 +358,8 @@ def _count(
     cache_dir: str | None,
     output_dir: str | None,
     progress: funnel.Progress | None,
+    *,
+    evaluation: bool,
 ) -> _Counted:
     """Measures all rows, or a sample of each source; raises ValueError with every reason not to start."""
     total = sum(map(len, rows))
@@ -366,12 +377,18 @@ def _count(
             )
         )
     counted = _Counted(tuple(tables), funnel.Funnel(tuple(found)))
-    wrong = funnel.problems(counted.funnel, tables, on_bad_row=config.data.on_bad_row, max_lost=config.data.max_lost)
+    wrong = funnel.problems(
+        counted.funnel,
+        tables,
+        on_bad_row=config.data.on_bad_row,
+        max_lost=config.data.max_lost,
+        held_out=evaluation and not config.data.eval,
+    )
     if wrong:
         raise ValueError("\n".join(wrong))
     bad = [(r.source, row, m) for r, t in zip(readers, tables, strict=True) for row, m in t.messages.items()]
     if config.data.on_bad_row == "quarantine" and bad:
-        quarantine(bad, output_dir, mode="w")
+        quarantine(bad, output_dir, _EVAL_QUARANTINE if evaluation else _QUARANTINE, mode="w")
     return counted
 
 
@@ -430,8 +447,14 @@ def _plan(maker: WindowMaker, tables: Sequence[funnel.RowTable]) -> tuple[np.nda
 
 
 def source_names(chosen: Sequence[SourceConfig]) -> tuple[str, ...]:
-    """A short name for each source: its path's last part, or the whole path where those are not unique."""
-    short = [source.path.rstrip("/").rsplit("/", 1)[-1].split(".")[0] or source.path for source in chosen]
+    """A short name for each source: its path's last part, or the whole path where those are not unique.
+
+    A glob is named by the folder that it looks into.
+    """
+    short = []
+    for source in chosen:
+        plain = [part for part in source.path.rstrip("/").split("/") if not set(part) & set("*?[")]
+        short.append((plain[-1].split(".")[0] if plain else "") or source.path)
     names = [s if short.count(s) == 1 else c.path for s, c in zip(short, chosen, strict=True)]
     return tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
 
@@ -445,12 +468,12 @@ def _fingerprint(config: Config, maker: WindowMaker, chosen: Sequence[SourceConf
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def quarantine(bad: Sequence[tuple[sources.Source, int, str]], output_dir: str | None, *, mode: str) -> None:
-    """Writes bad rows with where and why they were set aside to OUTPUT/quarantine.jsonl."""
+def quarantine(bad: Sequence[tuple[sources.Source, int, str]], output_dir: str | None, name: str, *, mode: str) -> None:
+    """Writes bad rows with where and why they were set aside to OUTPUT/`name`."""
     if output_dir is None:
         return
     os.makedirs(output_dir, exist_ok=True)
-    with open(os.path.join(output_dir, "quarantine.jsonl"), mode, encoding="utf-8") as file:
+    with open(os.path.join(output_dir, name), mode, encoding="utf-8") as file:
         for source, row, message in bad:
             entry = {"where": source.where(row), "problem": message, "row": source.raw(row)}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

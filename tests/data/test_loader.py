@@ -10,7 +10,7 @@ from conftest import make_config, pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxtune.config import TuningConfig
+from jaxtune.config import SourceConfig, TuningConfig
 from jaxtune.data import loader
 
 
@@ -263,6 +263,48 @@ def test_bad_rows_stop_the_run_are_skipped_or_set_aside(open_, write_rows, tmp_p
         ("2", BAD[1]),
         ("3", BAD[2]),
     ]
+
+
+def test_evaluation_sets_its_bad_rows_aside_in_a_file_of_its_own(open_, write_rows, tmp_path):
+    config = make_config(
+        write_rows("a.jsonl", BAD),
+        eval=(SourceConfig(path=write_rows("b.jsonl", [*pairs(3), {"prompt": 1}])),),
+        on_bad_row="quarantine",
+    )
+    for evaluation in (False, True):
+        open_(config, eval=evaluation, output_dir=str(tmp_path / "out"))
+    wheres = [
+        [json.loads(line)["where"].rsplit("/", 1)[1] for line in (tmp_path / "out" / name).read_text().splitlines()]
+        for name in ("quarantine.jsonl", "quarantine_eval.jsonl")
+    ]
+    assert wheres == [["a.jsonl:2", "a.jsonl:3"], ["b.jsonl:4"]]
+
+
+def test_held_out_rows_of_no_use_are_a_warning_while_others_are_of_use(open_, write_rows):
+    one, many = write_rows("one.jsonl", pairs(1)), write_rows("many.jsonl", pairs(20, start=50))
+    evaluation = open_(make_config(one, many, eval_fraction=0.2), eval=True)
+    assert sum(len(row) for batch, _ in collect(evaluation) for row in batch.examples) == 4
+    (warning,) = evaluation.warnings
+    assert warning.startswith("one: none of its 0 rows held out can be evaluated (it has no row)")
+    mute = write_rows("mute.jsonl", [*pairs(1), *[{"prompt": "x", "completion": ""}] * 30])
+    assert "empty answer" in open_(make_config(mute, many, eval_fraction=0.1), eval=True).warnings[0]
+    for alone, count in ((one, 0), (mute, 3)):
+        with pytest.raises(ValueError, match=rf"data.eval_fraction: none of the {count} rows .* in data.eval$"):
+            open_(make_config(alone, eval_fraction=0.1), eval=True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 2.0), ("epochs", 3.0)])
+def test_evaluation_sources_have_no_weight_and_no_epochs(open_, write_rows, key, value):
+    path = write_rows("a.jsonl", pairs(5))
+    config = make_config(path, eval=(SourceConfig(path=path), SourceConfig(**{"path": path, key: value})))
+    with pytest.raises(ValueError, match=rf"data.eval.1.{key}: found {value}; evaluation reads every row once"):
+        open_(config, eval=True)
+
+
+def test_a_glob_is_named_by_its_folder():
+    paths = ("builtin:quickstart/train/*.jsonl.gz", "d/valid/part-*.jsonl", "gs://b/c/**/x.jsonl", "*.jsonl")
+    names = loader.source_names([SourceConfig(path=path) for path in paths])
+    assert names == ("train", "valid", "x", "*.jsonl")
 
 
 def test_only_a_source_left_with_no_row_stops_the_run(open_, write_rows):
