@@ -137,21 +137,21 @@ def _alpaca(row: Row) -> list[Conversation]:
 
 
 def _prompt_completion(row: Row) -> list[Conversation]:
-    messages = list(_system(row))
+    messages: list[Message] = []
     for field, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.get(field), list):
             messages += _turns(row[field], "role", "content", "messages")
         else:
             messages.append(Message(role, _text(row, field, none="" if role == "assistant" else None)))
-    return [Conversation(tuple(messages))]
+    return [_with_system(row, messages)]
 
 
 def _messages(row: Row) -> list[Conversation]:
-    return [Conversation((*_system(row), *_turns(row["messages"], "role", "content", "messages")))]
+    return [_with_system(row, _turns(row["messages"], "role", "content", "messages"))]
 
 
 def _sharegpt(row: Row) -> list[Conversation]:
-    return [Conversation((*_system(row), *_turns(row["messages"], "from", "value", "sharegpt")))]
+    return [_with_system(row, _turns(row["messages"], "from", "value", "sharegpt"))]
 
 
 def _raw_text(row: Row) -> list[Conversation]:
@@ -192,6 +192,20 @@ FORMATS: dict[str, Format] = {
 def _system(row: Row) -> tuple[Message, ...]:
     text = _text(row, "system", none="")
     return (Message("system", text),) if text.strip() else ()
+
+
+def _with_system(row: Row, messages: Sequence[Message]) -> Conversation:
+    """The messages after the system column's text, which may stand there a second time as the first message."""
+    column = _system(row)
+    if column and messages and messages[0].role == "system":
+        if messages[0].content.strip() != column[0].content.strip():
+            raise RowError(
+                "two system messages",
+                f"the column system has {column[0].content[:40]!r} and message 1 has {messages[0].content[:40]!r}; "
+                "expected the same text, or one of the two",
+            )
+        return Conversation(tuple(messages))
+    return Conversation((*column, *messages))
 
 
 def _turns(turns: Any, role_key: str, content_key: str, names: str) -> list[Message]:

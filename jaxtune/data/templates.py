@@ -237,7 +237,7 @@ class ChatTemplate:
                 weight = 0.0 if learnt and not message.content.strip() else weight
             span = (turn.start, turn.end, weight) if learnt else (turn.content, turn.content_end, weight)
             spans.append(span)
-            if learnt and weight > 0:
+            if learnt and weight > 0 and turn.end > turn.start:  # an empty answer has no place
                 answers.append(turn)
         return text, spans, answers, train_on == "all"
 
@@ -344,10 +344,15 @@ class ChatTemplate:
     def _by_prefixes(self, text: str, messages: tuple[Message, ...]) -> list[Turn]:
         """Turns of a text whose template treats some content specially, from the rendered prefixes.
 
-        Only answers are located: each must follow its own prefix's generation prompt and stand there verbatim.
+        Answers are located, each of which must follow its own prefix's generation prompt and stand there verbatim, and
+        other messages with a weight of their own.
         """
         turns = []
         for i, message in enumerate(messages):
+            if message.role not in _LEARNT and message.content.strip() and message.weight is not None:
+                first, last = self._by_marks(text, messages, i)
+                turns.append(Turn(first, first, last, last, False))
+                continue
             if message.role not in _LEARNT or not message.content.strip():
                 turns.append(Turn(0, 0, 0, 0, False))
                 continue
@@ -367,6 +372,19 @@ class ChatTemplate:
             end = stop + len(self.end_of_turn) if stop >= 0 else last
             turns.append(Turn(begin, begin, last, end, stop >= 0))
         return turns
+
+    def _by_marks(self, text: str, messages: tuple[Message, ...], i: int) -> tuple[int, int]:
+        """First and last character (exclusive) of one message's content: where the text changes when it is marked."""
+        shown = [_with_marks(i, m) if n == i else m.as_dict() for n, m in enumerate(messages)]
+        marked = self.text_of(shown)
+        first, last = marked.find(_OPEN), len(text) - (len(marked) - 1 - marked.rfind(_CLOSE))
+        if first < 0 or not first < last or text[:first] != marked[:first] or not marked.endswith(text[last:]):
+            raise RowError(
+                "weight without a place",
+                f"template {self.name} changes the text around message {i + 1} ({messages[i].role}) with its content, "
+                f"so its weight {messages[i].weight} has no certain place; use another template, or remove the weight",
+            )
+        return first, last
 
     def _find_end_of_turn(self) -> str:
         """The first special token after an answer that ends a conversation."""

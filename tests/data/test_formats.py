@@ -103,6 +103,13 @@ def test_weights_and_train_flags():
     assert [m.weight for m in conversation.messages] == [None, 0.0, None, 0.5]
 
 
+def test_a_system_column_may_repeat_the_system_message():
+    row = {"messages": [{"role": "system", "content": "Be kind"}, USER, ASSISTANT], "system": "Be kind\n"}
+    assert convert(row) == [("system", "Be kind"), ("user", "Hi"), ("assistant", "Yes")]
+    with pytest.raises(RowError, match=r"the column system has 'Be rude' and message 1 has 'Be kind'; expected the"):
+        convert({**row, "system": "Be rude"})
+
+
 def chat(*turns):
     return {"messages": [{"role": r, "content": "x"} for r in turns]}
 

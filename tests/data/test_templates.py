@@ -206,6 +206,56 @@ def test_thinking_template_trains_what_it_adds_and_refuses_what_it_strips(byte_t
         template.render(talk("Hi", "<think>\nwell\n</think>\n\nYes", "So", "No"))
 
 
+@pytest.mark.parametrize("name", ["chatml", "thinking"])
+def test_weights_of_questions_hold_where_the_skeleton_does_not_fit(name, byte_tokenizer):
+    template = load_template("chatml", byte_tokenizer)
+    if name == "thinking":
+        template = ChatTemplate(byte_tokenizer, THINKING, name=name)
+    answer = "<think>\nuser\n</think>\n\nYes"
+    weighed = Conversation(
+        (
+            Message("system", "Be kind", weight=0.5),
+            Message("user", "user", weight=0.25),
+            Message("assistant", "No"),
+            Message("user", " Hi\n", weight=0.0),
+            Message("assistant", answer),
+        )
+    )
+    rendered = template.render(weighed)
+    assert trained(byte_tokenizer, rendered) == f"Be kind|user|No<|im_end|>|{answer}<|im_end|>"
+    assert rendered.weights[rendered.weights > 0][:3].tolist() == [0.5] * 3
+    everything = template.render(weighed, train_on="all")
+    untrained = "".join(
+        byte_tokenizer.decode([t])
+        for t, w in zip(everything.tokens.tolist(), everything.weights.tolist(), strict=True)
+        if not w
+    )
+    assert untrained == " Hi\n\n"  # and the line break after the last answer
+
+
+def test_a_weight_without_a_certain_place_is_refused(byte_tokenizer):
+    text = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'user' %}{{ m.content | length }} "
+        "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    template = ChatTemplate(byte_tokenizer, text, name="counting")
+    messages = talk("Hi", "Yes").messages
+    assert template.render(Conversation(messages)).turns == 1
+    weighed = Conversation((Message("user", "Hi", weight=0.0), messages[1]))
+    with pytest.raises(RowError, match=r"template counting changes the text around message 1 \(user\)"):
+        template.render(weighed, train_on="all")
+
+
+def test_a_weight_on_an_empty_answer_counts_no_trained_turn(byte_tokenizer):
+    empty = Message("assistant", "", weight=1.0)
+    rendered = load_template("chatml", byte_tokenizer).render(
+        Conversation((Message("user", "Hi"), empty, *talk("So", "Yes").messages))
+    )
+    assert (rendered.turns, rendered.stops) == (1, 1)
+    assert trained(byte_tokenizer, rendered) == "Yes<|im_end|>"
+
+
 def test_stop_counted_where_a_template_ends_only_the_last_answer(byte_tokenizer):
     rendered = ChatTemplate(byte_tokenizer, LAST_STOP, name="test").render(talk("Hi", "Yes", "So", "No"))
     assert (rendered.turns, rendered.stops) == (2, 1)
