@@ -246,7 +246,8 @@ def open_stream(
         packing=config.data.packing,
         seed=config.seed,
     )
-    return _stream(config, maker, counted, config.data.train, exact, lanes=config.data.lanes, output_dir=output_dir)
+    stream = _stream(config, maker, counted, config.data.train, exact, lanes=config.data.lanes, output_dir=output_dir)
+    return dataclasses.replace(stream, warnings=(*stream.warnings, *_template_warnings(config, readers)))
 
 
 def open_eval_stream(
@@ -304,7 +305,9 @@ class _Counted(NamedTuple):
 def _readers(
     config: Config, chosen: Sequence[SourceConfig], tokenizer: Any, max_length: int, cache_dir: str | None
 ) -> tuple[RowReader, ...]:
-    names = {source.template or config.data.template for source in chosen}
+    # Those of all sources, so that a template is refused before any source is read.
+    listed = (*config.data.train, *config.data.eval)
+    names = {config.data.template, *(source.template for source in listed if source.template)}
     made = {name: templates.load_template(name, tokenizer) for name in sorted(names)}
     text_template = templates.load_template("plain", tokenizer)
     options = ExampleOptions(
@@ -320,6 +323,24 @@ def _readers(
         template = made[source.template or config.data.template]
         readers.append(RowReader(opened, layout, template, text_template=text_template, options=options))
     return tuple(readers)
+
+
+def _template_warnings(config: Config, readers: Sequence[RowReader]) -> list[str]:
+    """Sentences about templates that the run can follow, and that the folder it writes, or a resumed run, cannot."""
+    out = []
+    others = sorted({s.template for s in config.data.train if s.template} - {config.data.template})
+    if others:
+        out.append(
+            f"data.template: the exported folder carries {config.data.template}, but sources are trained with "
+            f"{', '.join(others)}; set data.template to the one that the model is to be asked with"
+        )
+    dated = sorted({reader.template.name for reader in readers if "strftime_now" in reader.template.text})
+    out += [
+        f"template {name} writes today's date (strftime_now): the data stream changes from day to day, also when a run "
+        "is resumed"
+        for name in dated
+    ]
+    return out
 
 
 def _layout(opened: sources.Source, source: SourceConfig) -> formats.Layout:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxtune.config import SourceConfig, TuningConfig
 from jaxtune.data import loader
+from jaxtune.data.chat_templates import BUILT_INS
 
 
 @pytest.fixture
@@ -355,6 +356,30 @@ def test_templates_differ_between_sources(open_, write_rows):
     stream = open_(make_config({"path": a, "template": "vicuna"}, b), max_length=200)
     assert [reader.template.name for reader in stream.maker.readers] == ["vicuna", "chatml"]
     assert stream.source_names == ("a", "b")
+
+
+def test_templates_are_refused_before_any_row_is_read(open_, write_rows):
+    path, calls = write_rows("a.jsonl", pairs(5)), []
+    wrong = SourceConfig(path=path, template="chatlm")
+    for config in (
+        make_config(path, wrong.model_dump()),
+        make_config(path, eval=(wrong,)),
+        make_config({"path": path, "template": "vicuna"}, template="chatlm"),
+    ):
+        with pytest.raises(ValueError, match=r"found 'chatlm'; expected auto"):
+            open_(config, progress=lambda *a: calls.append(a))
+    assert calls == []
+
+
+def test_templates_that_the_folder_cannot_carry_are_warned_of(open_, write_rows, byte_tokenizer, tmp_path):
+    path = write_rows("a.jsonl", pairs(5))
+    assert open_(make_config({"path": path, "template": "chatml"})).warnings == ()
+    (warning,) = open_(make_config(path, {"path": path, "template": "vicuna"}), max_length=200).warnings
+    assert warning.startswith("data.template: the exported folder carries chatml, but sources are trained with vicuna")
+    dated = tmp_path / "dated.jinja"
+    dated.write_text("{{ strftime_now('%Y') }}" + BUILT_INS["chatml"].text)
+    (warning,) = open_(make_config(path, template=str(dated))).warnings
+    assert "dated.jinja writes today's date (strftime_now): the data stream changes from day to day" in warning
 
 
 def test_known_faults_of_real_data(shared, llama_tokenizer):
