@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import adapters
+from jaxtune import adapters, sharding
 from jaxtune.asking import Sampling
 from jaxtune.data.records import Message, RowError
 from jaxtune.decoding import Decoding, Rows, bucket, cache_bytes

@@ -1,6 +1,7 @@
 """The flags that every command which asks a model shares, checked before anything heavy is imported."""
 
 import argparse
+import os
 import sys
 from typing import NamedTuple
 
@@ -63,7 +64,19 @@ def read_sampling(flags: argparse.Namespace) -> Sampling:
     return sampling
 
 
-def fail(error: ValueError, code: int) -> int:
+def check_writable(path: str | None, flag: str) -> None:
+    """Raises ValueError when a file cannot be written: better before the work than after it."""
+    if path is None:
+        return
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag}: {path} cannot be written ({error.strerror}); expected a file") from None
+
+
+def fail(error: Exception, code: int) -> int:
     """Prints an error as the commands do, and returns the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return code

@@ -147,3 +147,13 @@ def trainable_specs(plan: ModelPlan, folder: HFFolder, *, keep_file_dtypes: bool
         for path, variable in nnx.to_flat_state(plan.trainable)
     ]
     return nnx.from_flat_state(flat)
+
+
+def refuse_float16(plan: ModelPlan, folder: HFFolder) -> None:
+    """Raises ValueError when weights would be trained in float16, where Adam's epsilon rounds to 0."""
+    specs = jax.tree.leaves(trainable_specs(plan, folder, keep_file_dtypes=True))
+    if any(leaf.dtype == jnp.float16 for leaf in specs):
+        raise ValueError(
+            f"model.param_dtype: found file, and {folder.path} holds float16, which cannot be trained; expected auto "
+            "or float32. What is exported has the file's dtypes all the same"
+        )

@@ -1,10 +1,9 @@
 """The model card of a run: what it was made from, how, and what can open it."""
 
 import os
-import re
 from typing import Any
 
-from jaxtune import __version__
+from jaxtune import __version__, hub
 from jaxtune.config import Config
 from jaxtune.convert.folder import HFFolder
 from jaxtune.decode import to_yaml
@@ -13,18 +12,15 @@ from jaxtune.decode import to_yaml
 def base_identity(config: Config, base: HFFolder) -> tuple[str, str | None]:
     """Returns the name and commit by which readers of an adapter find its base model.
 
-    A hub id where one is known: the path asked for, or the one that config.json remembers; else the folder's path.
+    A hub id and the commit that was loaded where `model.path` is a hub id; else the folder's path. What a local
+    config.json remembers in `_name_or_path` is where *its* weights began, not what they are.
     """
     asked = config.model.path
-    if is_hub_id(asked):
-        return asked, config.model.revision
-    remembered = str(base.config.get("_name_or_path", ""))
-    return (remembered, None) if is_hub_id(remembered) else (os.path.abspath(base.path), None)
-
-
-def is_hub_id(path: str) -> bool:
-    """Returns whether a path is of the form `owner/name` and no folder here."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not os.path.exists(path)
+    if not hub.is_hub_id(asked):
+        return os.path.abspath(base.path), None
+    folder = os.path.normpath(base.path)  # the hub's cache keeps a model in .../snapshots/COMMIT
+    is_snapshot = os.path.basename(os.path.dirname(folder)) == "snapshots"
+    return asked, os.path.basename(folder) if is_snapshot else config.model.revision
 
 
 def model_card(config: Config, base: HFFolder, stream: Any, outcome: Any) -> str:

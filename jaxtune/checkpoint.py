@@ -87,6 +87,10 @@ class Checkpoints:
             if step not in kept and step != best:
                 self._manager.delete(step)
 
+    def steps(self) -> list[int]:
+        """Returns the steps that have a folder, usable or not."""
+        return sorted(self._manager.all_steps())
+
     def best_step(self) -> int | None:
         """Returns the finished step with the lowest held-out loss, or None where none was evaluated."""
         losses = {}

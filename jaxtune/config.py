@@ -143,7 +143,9 @@ class MeshConfig(Section):
 class CheckpointConfig(Section):
     """When state is saved, and how a run goes on."""
 
-    every_steps: Positive | None = Field(500, description="null saves at the end alone")
+    every_steps: Positive | None = Field(
+        500, description="null saves at the end, and whenever the held-out loss is the best so far"
+    )
     keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
     resume: Literal["auto", "never"] = Field("auto", description="auto goes on where the folder's run stopped")
 

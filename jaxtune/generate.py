@@ -30,6 +30,7 @@ def main(words: Sequence[str]) -> int:
     try:
         sampling = asking.read_sampling(flags)
         requests = read_requests(flags.prompts, flags.prompt)
+        asking.check_writable(flags.output, "--output")
     except ValueError as error:
         return asking.fail(error, 2)
     prepare_environment()
@@ -137,7 +138,6 @@ def messages_of(request: Request, system: str | None = None) -> list[dict[str, s
 def _report(records: list[dict[str, Any]], output: str | None, seconds: float) -> None:
     """Writes the records and prints them, or the first few where they are in a file."""
     if output:
-        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
         with open(output, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     for record in records[: SHOWN if output else None]:

@@ -60,6 +60,7 @@ class Loop:
     terminal: Terminal
     mesh: Any
     flops_per_token: float
+    base_fingerprint: str
 
     def run(
         self, state: TrainState, frozen: Any, data_state: dict, *, start: int, best: float | None
@@ -199,6 +200,7 @@ class Loop:
         own = self._eval_loss if self._evaluated == step else None  # not that of an earlier state
         run = {
             "step": step,
+            "base": self.base_fingerprint,
             "data": data_state,
             "eval_loss": own if own is not None and math.isfinite(own) else None,
             "config": self.config.model_dump(mode="json"),

@@ -43,13 +43,19 @@ def explain_out_of_memory(config: Config, analysis: Any, error: BaseException) -
         )
     lines.append(f"XLA said: {str(error).splitlines()[0][:300]}")
     lines.append("Settings that help, the cheapest first:")
-    if rows > 1:
-        lines.append(f"  train.microbatch_rows={rows // 2}   halves activations ({rows} rows at once now), same result")
+    smaller = [part for part in range(1, rows // 2 + 1) if config.train.batch_rows % part == 0]
+    if smaller:
+        lines.append(
+            f"  train.microbatch_rows={smaller[-1]}   fewer activations ({rows} rows at once now), same result"
+        )
     if config.model.remat != "full":
         lines.append("  model.remat=full          keeps one activation a layer; a step takes about 1.3 times as long")
     if config.tuning.method == "full":
         lines.append("  tuning.method=lora        no optimizer state for the weights: about 6 bytes instead of 16 each")
     length = config.data.max_length or 2048
     lines.append(f"  data.max_length={length // 2}      halves activations; longer rows then go by data.overlong")
-    lines.append("  mesh.fsdp=-1              splits weights and optimizer over all devices: more devices, less each")
+    if config.mesh.fsdp == 1:
+        lines.append(
+            "  mesh.fsdp=-1              splits weights and optimizer over all devices: the more, the less each"
+        )
     return "\n".join(lines)

@@ -102,7 +102,7 @@ class Terminal:
     """A bar on a terminal, plain lines elsewhere; only the first process of a pod speaks."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = rich.console.Console(stderr=False, highlight=False, soft_wrap=True, quiet=quiet)
+        self._console = rich.console.Console(highlight=False, emoji=False, soft_wrap=True, quiet=quiet)
         self._progress: rich.progress.Progress | None = None
 
     @property

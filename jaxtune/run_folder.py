@@ -54,7 +54,7 @@ class RunFolder:
                 f"output: found {path}; expected a folder of this machine's file system. Mount the bucket (gcsfuse, "
                 "s3fs, a Drive) and give the path where it is mounted, or copy the folder when the run has ended"
             )
-        self.path = pathlib.Path(path)
+        self.path = pathlib.Path(path).expanduser()
         self._say = say
         self._stop = threading.Event()
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "start": _process_start(os.getpid())}
@@ -133,21 +133,21 @@ class RunFolder:
                 if self._is_ours():
                     self._write_lock()
 
-    def check_resume(self, config: Config) -> bool:
-        """Returns whether the folder holds a run that this one continues.
+    def check_resume(self, config: Config, *, has_saved: bool) -> None:
+        """Raises ValueError unless this run may write here and, where something was saved, continues what is there.
 
-        Raises:
-            ValueError: it holds a run that differs in a key that decides what is learned (all such keys are listed),
-                or any run at all under `checkpoint.resume=never`.
+        Until a run has saved something it binds the folder to nothing: a key may be put right and the run begun again.
+        Then it must not differ in a key that decides what is learned (all such keys are listed), and with
+        `checkpoint.resume=never` nothing saved may be there at all.
         """
         file = self.path / "config.yaml"
         if not file.exists():
-            return False
-        if config.checkpoint.resume == "never":
-            raise ValueError(
-                f"output: {self.path} already holds a run and checkpoint.resume is never; expected an empty folder. "
-                "Give another output=, or checkpoint.resume=auto to go on with it."
-            )
+            if has_saved:
+                raise ValueError(
+                    f"output: {self.path} holds checkpoints but no config.yaml, so nobody knows what they are of; "
+                    "put the file back, or give another output="
+                )
+            return
         try:
             old = from_tree(read_yaml(str(file)))
         except ConfigError as error:
@@ -155,6 +155,13 @@ class RunFolder:
                 f"output: {file} is not the configuration of a run that this version can go on with:\n{error}\n"
                 "Give another output=, or put the file back as the run wrote it."
             ) from None
+        if not has_saved:
+            return
+        if config.checkpoint.resume == "never":
+            raise ValueError(
+                f"output: {self.path} already holds a run and checkpoint.resume is never; expected an empty folder. "
+                "Give another output=, or checkpoint.resume=auto to go on with it."
+            )
         changes = differences(old, config)
         if changes:
             listed = "\n".join(f"  {key}: {before!r} there, {now!r} now" for key, before, now in changes)
@@ -162,7 +169,6 @@ class RunFolder:
                 f"output: {self.path} holds a run that this one cannot continue, for these keys differ:\n{listed}\n"
                 "Give another output=, or the old values."
             )
-        return True
 
     def write_config(self, config: Config) -> None:
         """Writes the resolved configuration; nothing is lost when the machine stops in between."""

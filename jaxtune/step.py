@@ -101,13 +101,15 @@ def make_train_step(
                 return constrain_parameters_in(jax.tree.map(jnp.add, sums, (total, gradient))), None
 
             nothing = jnp.zeros((), jnp.promote_types(compute.dtype, jnp.float32))
-            start = constrain_parameters_in((nothing, jax.tree.map(jnp.zeros_like, state.trainable)))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), state.trainable)
+            start = constrain_parameters_in((nothing, zeros))
             (total, gradient), _ = jax.lax.scan(add, start, split_rows((batch, keys), compute.microbatches))
 
         weight = jnp.sum(batch.loss_weights)
         divisor = jnp.where(weight > 0, weight, 1).astype(total.dtype)
         loss = total / divisor
-        gradient = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradient)
+        gradient = jax.tree.map(lambda g: g.astype(_wide(g)) / divisor.astype(_wide(g)), gradient)
+        gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, state.trainable)
         grad_norm = optax.global_norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
@@ -140,15 +142,21 @@ def make_train_step(
 def make_eval_step(graph: nnx.GraphDef, compute: Compute) -> Callable[[nnx.State, nnx.State, Batch], EvalSums]:
     """Returns `eval_step(trainable, frozen, batch)`, which gives scalars only: logits never leave the device."""
 
-    def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> EvalSums:
-        model = nnx.merge(graph, trainable, frozen)
-        losses = _losses(model, batch, compute, None)
+    def part_sums(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> EvalSums:
+        losses = _losses(nnx.merge(graph, trainable, frozen), batch, compute, None)
         return EvalSums(
             loss=losses.total,
             weight=jnp.sum(batch.loss_weights),
             correct=jnp.sum(losses.correct * batch.loss_weights),
             tokens=jnp.sum(batch.loss_weights > 0),
         )
+
+    def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> EvalSums:
+        if compute.microbatches == 1:
+            return part_sums(trainable, frozen, batch)
+        # The same portions as in training: what fits there fits here.
+        parts = jax.lax.map(lambda part: part_sums(trainable, frozen, part), split_rows(batch, compute.microbatches))
+        return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), parts)
 
     return eval_step
 
@@ -170,6 +178,11 @@ def _losses(model: Any, batch: Batch, compute: Compute, keys: Any) -> Any:
         weights=batch.loss_weights,
         train_head=compute.train_head,
     )
+
+
+def _wide(x: Any) -> Any:
+    """Returns the dtype in which sums of x are kept: float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _row_keys(seed: int | None, step: jax.Array, rows: int) -> jax.Array | None:

@@ -33,6 +33,8 @@ from jaxtune.step import (
     state_shardings,
 )
 
+FEW_STEPS = 20  # fewer updates than these hardly move a model
+
 
 class Result(NamedTuple):
     """How a run ended. `loss` and `eval_loss` are the last ones, in nats; None where there was none."""
@@ -78,8 +80,14 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
 
     checkpoints = Checkpoints(str(folder.path / "checkpoints"), keep=config.checkpoint.keep)
     with contextlib.closing(checkpoints):
-        newest = checkpoints.newest_usable(terminal.warn) if folder.check_resume(config) else None
+        folder.check_resume(config, has_saved=bool(checkpoints.steps()))
+        newest = checkpoints.newest_usable(terminal.warn)
         saved = checkpoints.read_run(newest) if newest is not None else None
+        if saved and saved["base"] != inputs.base.fingerprint:
+            raise ValueError(
+                f"{inputs.base.path} is not the model that {folder.path} began with: its files have changed since. "
+                "Put the old files back, or give another output="
+            )
         steps = _count_steps(config, inputs.stream, saved)
         if saved and saved["step"] > steps:
             raise ValueError(
@@ -93,15 +101,19 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
         terminal.say(_describe_plan(config, plan, steps, attention_reason, inputs))
         _check_disk(config, plan, inputs, folder)
 
+        start = saved["step"] if saved else 0
+        if start < steps and config.model.param_dtype == "file":
+            assembly.refuse_float16(plan, inputs.base)
         state, frozen = _load_state(config, plan, optimizer, inputs, checkpoints, newest, terminal)
-        if saved is None or saved["step"] < steps:
+        if start < steps:
             train_step, eval_step = _compile(config, plan, optimizer, compute, state, frozen, inputs, terminal)
             state, outcome = _train(
                 config, plan, inputs, train_step, eval_step, state, frozen, checkpoints, folder, terminal, steps, saved
             )
         else:
-            terminal.say(f"{folder.path} is already at step {steps}; raise train.steps or train.epochs to go on")
-            outcome = Outcome(step=steps, loss=None, eval_loss=saved.get("eval_loss"), exit_code=0)
+            if saved:
+                terminal.say(f"{folder.path} is already at step {steps}; raise train.steps or train.epochs to go on")
+            outcome = Outcome(start, loss=None, eval_loss=saved.get("eval_loss") if saved else None, exit_code=0)
     if outcome.exit_code:
         terminal.say(f"stopped at step {outcome.step} of {steps}, saved; the same command goes on from there")
         return Result(outcome.exit_code, outcome.step, outcome.loss, outcome.eval_loss, config.output, None, None)
@@ -170,8 +182,7 @@ def _train(
 ) -> tuple[TrainState, Outcome]:
     """Does the updates that are left, logging as they go."""
     stream = inputs.stream
-    if stream is None:  # train.steps=0, an import: nothing is left to do
-        return state, Outcome(step=0, loss=None, eval_loss=None, exit_code=0)
+    assert stream is not None  # without data there are no steps, and nobody comes here
     start = saved["step"] if saved else 0
     log = MetricsLog(
         folder.path,
@@ -182,6 +193,11 @@ def _train(
     )
     for sentence in (*stream.warnings, *(inputs.eval_stream.warnings if inputs.eval_stream else ())):
         terminal.warn(sentence)
+    if config.train.steps is None and steps < FEW_STEPS:
+        terminal.warn(
+            f"only {steps} updates: the data fills few batches of {config.train.batch_rows} rows; a smaller "
+            "train.batch_rows or data.max_length, or more train.epochs, gives the model more of them"
+        )
     loop = Loop(
         config=config,
         steps=steps,
@@ -194,6 +210,7 @@ def _train(
         terminal=terminal,
         mesh=jax.sharding.get_mesh(),
         flops_per_token=_flops_per_token(config, plan),
+        base_fingerprint=inputs.base.fingerprint,
     )
     data_state = saved["data"] if saved else stream.initial_state()
     with contextlib.closing(log):

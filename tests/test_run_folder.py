@@ -155,10 +155,20 @@ def held(tmp_path, *words) -> RunFolder:
     return folder
 
 
-def test_an_empty_folder_holds_no_run(tmp_path):
+def test_checkpoints_without_their_configuration_are_not_gone_on_with(tmp_path):
     folder = RunFolder(str(tmp_path))
-    assert folder.check_resume(config()) is False
+    with pytest.raises(ValueError, match=r"holds checkpoints but no config.yaml"):
+        folder.check_resume(config(), has_saved=True)
     folder.release()
+
+
+def test_a_tilde_is_the_home_and_a_bucket_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = RunFolder("~/run")
+    folder.release()
+    assert folder.path == tmp_path / "run"
+    with pytest.raises(ValueError, match=r"output: found gs://bucket/run; .*Mount the bucket"):
+        RunFolder("gs://bucket/run")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +189,7 @@ def test_an_empty_folder_holds_no_run(tmp_path):
 )
 def test_how_long_and_how_watched_may_change(tmp_path, word):
     folder = held(tmp_path)
-    assert folder.check_resume(config(word)) is True
+    folder.check_resume(config(word), has_saved=True)
     folder.release()
 
 
@@ -202,14 +212,14 @@ def test_how_long_and_how_watched_may_change(tmp_path, word):
 def test_what_is_learned_may_not_change_and_both_values_are_told(tmp_path, word):
     folder = held(tmp_path)
     with pytest.raises(ValueError, match=rf"(?s){word.partition('=')[0]}\b.* there, .* now\nGive another output="):
-        folder.check_resume(config(word))
+        folder.check_resume(config(word), has_saved=True)
     folder.release()
 
 
 def test_all_changed_keys_are_listed_at_once(tmp_path):
     folder = held(tmp_path)
     with pytest.raises(ValueError) as caught:
-        folder.check_resume(config("tuning.rank=8", "seed=3", "data.window=9", "log.every_steps=3"))
+        folder.check_resume(config("tuning.rank=8", "seed=3", "data.window=9", "log.every_steps=3"), has_saved=True)
     told = str(caught.value)
     assert all(line in told for line in ("tuning.rank: 16 there, 8 now", "seed: 0 there, 3 now", "data.window: 512"))
     assert "log.every_steps" not in told
@@ -219,7 +229,7 @@ def test_all_changed_keys_are_listed_at_once(tmp_path):
 def test_a_run_that_shall_not_go_on_is_refused(tmp_path):
     folder = held(tmp_path)
     with pytest.raises(ValueError, match=r"already holds a run and checkpoint.resume is never.*another output="):
-        folder.check_resume(config("checkpoint.resume=never"))
+        folder.check_resume(config("checkpoint.resume=never"), has_saved=True)
     folder.release()
 
 

@@ -26,7 +26,7 @@ def main(words: Sequence[str]) -> int:
             conversions.merge(flags.adapter, flags.output, base=flags.base)
             return 0
         findings = conversions.check(flags.folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: no folder can be made there, or the disk is full
         return asking.fail(error, 1)
     for finding in findings:
         print(f"{finding.level:8} {finding.text}")

@@ -10,7 +10,6 @@ its answer is right when it equals that turn but for white space around it.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ def main(words: Sequence[str]) -> int:
     flags = _parser().parse_args(words)
     try:
         columns = _columns(flags.columns)
+        asking.check_writable(flags.json, "--json")
         for flag, value in (("--limit", flags.limit), ("--max-new-tokens", flags.max_new_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{flag}: found {value}; expected at least 1")
@@ -58,7 +58,6 @@ def main(words: Sequence[str]) -> int:
     _show_wrong(report)
     _say(f"{report['overall']['count']:,} answers, {report['tokens']:,} tokens in {seconds:.1f} s, loading included")
     if flags.json:
-        os.makedirs(os.path.dirname(os.path.abspath(flags.json)), exist_ok=True)
         with open(flags.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=2, ensure_ascii=False)
             file.write("\n")
