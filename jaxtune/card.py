@@ -16,7 +16,7 @@ def base_identity(config: Config, base: HFFolder) -> tuple[str, str | None]:
     config.json remembers in `_name_or_path` is where *its* weights began, not what they are.
     """
     asked = config.model.path
-    if not hub.is_hub_id(asked):
+    if os.path.isdir(os.path.expanduser(asked)) or not hub.is_hub_id(asked):
         return os.path.abspath(base.path), None
     folder = os.path.normpath(base.path)  # the hub's cache keeps a model in .../snapshots/COMMIT
     is_snapshot = os.path.basename(os.path.dirname(folder)) == "snapshots"

@@ -23,4 +23,5 @@ def prepare_environment() -> None:
 
 
 def _has_gpu() -> bool:
-    return pathlib.Path("/dev/nvidiactl").exists() or pathlib.Path("/dev/kfd").exists()
+    # NVIDIA, AMD, and either of them under WSL2
+    return any(pathlib.Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))

@@ -5,6 +5,7 @@ Everything here answers "which files does this path mean?"; what is in them is r
 
 import difflib
 import glob
+import hashlib
 import importlib.resources
 import os
 import pathlib
@@ -71,6 +72,23 @@ def resolve_folder(path: str, revision: str | None = None) -> str:
         return huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=list(MODEL_PATTERNS))
     except Exception as error:
         raise ValueError(hub_problem(path, error, kind="model", revision=revision)) from error
+
+
+def local_companions(path: str) -> str:
+    """The folder itself, or for a URL a local copy of its small files (tokenizer, configs): what libraries read by path.
+
+    Weights stay where they are; they are read in ranges.
+    """
+    if not is_url(path):
+        return path
+    fs, root = fsspec.core.url_to_fs(path)
+    local = os.path.join(cache_dir(), "models", hashlib.sha256(path.encode()).hexdigest()[:16])
+    os.makedirs(local, exist_ok=True)
+    for entry in fs.ls(root, detail=True):
+        name = os.path.basename(entry["name"].rstrip("/"))
+        if entry["type"] == "file" and not name.endswith((".safetensors", ".bin", ".pth", ".gguf")):
+            fs.get_file(entry["name"], os.path.join(local, name))
+    return local
 
 
 def hub_problem(path: str, error: Exception, *, kind: str, revision: str | None = None) -> str:

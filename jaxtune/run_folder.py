@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "mesh",
     "model.attention",
     "model.remat",
+    "data.eval",
     "data.workers",
     "data.max_lost",
 )

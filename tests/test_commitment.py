@@ -62,6 +62,14 @@ def test_an_adapter_of_a_hub_model_names_the_commit_that_was_loaded(base, tmp_pa
     assert card.base_identity(config, open_folder(snapshot)) == ("org/name", "0123abc")
 
 
+def test_a_model_behind_a_url_is_tuned_like_a_local_one(base, data, tmp_path):
+    results = [
+        train(tiny_runs.config(path, data, tmp_path / name, "train.steps=2"))
+        for path, name in ((base, "local"), (f"file://{base}", "remote"))
+    ]
+    assert results[0].loss == results[1].loss
+
+
 def test_float16_weights_are_imported_but_not_trained(base, data, tmp_path):
     copy = shutil.copytree(base, tmp_path / "model")
     weights = load_file(copy / "model.safetensors")

@@ -18,6 +18,7 @@ import jinja2
 import numpy as np
 import transformers
 
+from jaxtune import hub
 from jaxtune.data.chat_templates import BOS, BUILT_INS
 from jaxtune.data.jinja_sandbox import chat_environment
 from jaxtune.data.records import Conversation, Message, RowError
@@ -87,9 +88,10 @@ class TemplateChecks:
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The folder's fast tokenizer; code in the folder never runs."""
+    """The folder's fast tokenizer (local path or URL); code in the folder never runs."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        here = hub.local_companions(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(here, trust_remote_code=False)
     except Exception as error:
         raise ValueError(
             f"{folder}: no tokenizer could be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
