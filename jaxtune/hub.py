@@ -75,7 +75,7 @@ def resolve_folder(path: str, revision: str | None = None) -> str:
 
 
 def local_companions(path: str) -> str:
-    """The folder itself, or for a URL a local copy of its small files (tokenizer, configs): what libraries read by path.
+    """The folder itself, or for a URL a local copy of its small files (tokenizer, configs), which libraries read.
 
     Weights stay where they are; they are read in ranges.
     """

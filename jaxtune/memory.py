@@ -51,9 +51,7 @@ def explain_out_of_memory(config: Config, analysis: Any, error: BaseException) -
     if config.model.remat != "full":
         lines.append("  model.remat=full          keeps one activation a layer; a step takes about 1.3 times as long")
     if config.tuning.method == "full":
-        lines.append(
-            "  tuning.method=lora        weights without gradients or optimizer state: 2 to 4 bytes each, not 16"
-        )
+        lines.append("  tuning.method=lora        2 to 4 bytes a weight, not 16: no optimizer state for it")
     length = config.data.max_length or 2048
     lines.append(f"  data.max_length={length // 2}      halves activations; longer rows then go by data.overlong")
     if config.mesh.fsdp == 1:
