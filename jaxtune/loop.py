@@ -13,7 +13,7 @@ import jax
 from jaxtune.batch import Batch, HostBatch
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
-from jaxtune.data.loader import Stream
+from jaxtune.data.stream import Stream
 from jaxtune.memory import memory_explained
 from jaxtune.metrics import PEAK_FLOPS, Meter, MetricsLog, Terminal, memory_bytes
 from jaxtune.optimizer import make_schedule

@@ -15,7 +15,8 @@ from jaxtune.config import Config
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import check_space, export_folder
 from jaxtune.convert.peft import export_adapter
-from jaxtune.data.loader import Stream, open_eval_stream, open_stream
+from jaxtune.data.loader import open_eval_stream, open_stream
+from jaxtune.data.stream import Stream
 from jaxtune.data.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.loop import Loop, Outcome
 from jaxtune.memory import memory_explained

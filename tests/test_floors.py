@@ -139,7 +139,7 @@ def test_every_module_has_a_floor():
     [
         ("step.py", "import jaxtune.loop", "step:1 imports loop, which is 3 floors above it"),
         ("data/x.py", "from jaxtune.models import llama", "data knows no model"),
-        ("models/x.py", "from jaxtune.data.loader import Stream", "a model knows arrays, and imports data.loader"),
+        ("models/x.py", "from jaxtune.data.stream import Stream", "a model knows arrays, and imports data.stream"),
         ("models/x.py", "from jaxtune import config", "a model knows arrays, and imports config"),
         ("models/x.py", "import transformers.models", "a model knows arrays, and imports transformers"),
         ("step.py", "def f():\n    from jaxtune import loss", "step:2 imports loss inside a function"),

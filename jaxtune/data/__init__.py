@@ -1,1 +1,1 @@
-"""From files to batches: records, sources, formats, templates, mixture, packing, loader. Numpy only, no jax."""
+"""From files to batches: records, sources, formats, templates, mixture, packing, windows, stream, loader. No jax."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxtune.config import SourceConfig, TuningConfig
 from jaxtune.data import loader
 from jaxtune.data.chat_templates import BUILT_INS
+from jaxtune.data.stream import merge_states
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_hosts_together_make_the_same_batches_and_state(stream, hosts):
         for name in batch.arrays._fields:
             joined = np.concatenate([getattr(part.arrays, name) for part, _ in mine])
             assert np.array_equal(joined, getattr(batch.arrays, name))
-        assert loader.merge_states([s for _, s in mine]) == state
+        assert merge_states([s for _, s in mine]) == state
 
 
 def test_hosts_may_share_a_lane(open_, write_rows):
@@ -112,7 +113,7 @@ def test_hosts_may_share_a_lane(open_, write_rows):
 def test_state_of_one_host_count_goes_on_with_another(stream):
     whole = collect(stream)
     halves = [collect(stream, rows=range(2)), collect(stream, rows=range(2, 4))]
-    state = loader.merge_states([halves[0][3][1], halves[1][3][1]])
+    state = merge_states([halves[0][3][1], halves[1][3][1]])
     assert all(same(a, b) for (a, _), (b, _) in zip(whole[4:], collect(stream, state), strict=True))
     with pytest.raises(ValueError, match=r"knows nothing of lanes \[2, 3\]"):
         collect(stream, halves[0][3][1])

@@ -1,0 +1,224 @@
+"""Batches with exact state: what training reads, from any state on.
+
+A *window* is W consecutive draws of the mixture, rendered, tokenised and packed: a pure function of its number.
+*Lane* v runs windows v, v + lanes, ...; row i of every global batch comes from lane `i * lanes // batch_rows`. The
+state is one (window, row) per lane, so any number of hosts and workers gives the same batches, and any of them can
+go on where another stopped. Windows never cross the plan's epochs: a run may be given more epochs later.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxtune.batch import ExampleId, HostBatch
+from jaxtune.data import formats, funnel, packing, sources
+from jaxtune.data.examples import RowReader
+from jaxtune.data.windows import LaneWindows, Window, WindowMaker
+
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Batches with exact state, and what is known about them beforehand.
+
+    `steps_per_run`: batches until the plan's epochs are seen, None when rows are too many to count beforehand (then
+    `train.steps` must say) or when `train.steps` says so: then batches never end. `rows_of_windows` int64, where
+    counted. `fill`: share of positions that hold a token. `warnings` are sentences for just before step 1.
+    """
+
+    maker: WindowMaker
+    batch_rows: int
+    lanes: int
+    funnel: funnel.Funnel
+    source_names: tuple[str, ...]
+    layouts: tuple[formats.Layout, ...]
+    rows_of_windows: np.ndarray | None
+    fill: float | None
+    warnings: tuple[str, ...]
+    fingerprint: str
+    workers: int
+    on_bad_row: str
+    output_dir: str | None
+
+    @property
+    def steps_per_run(self) -> int | None:
+        """Batches from the first to the last, None when they never end."""
+        return self.steps_left(self.initial_state())
+
+    def steps_left(self, state: Mapping[str, Any]) -> int | None:
+        """Batches from `state` to the end, the same on every host; None when they never end."""
+        if self.rows_of_windows is None:
+            return None
+        lanes = len(state["lanes"])
+        left = [int(self.rows_of_windows[w::lanes].sum()) - row for w, row in state["lanes"]]
+        return max(-(-rows // (self.batch_rows // lanes)) for rows in left)
+
+    def initial_state(self) -> dict[str, Any]:
+        """The state before the first batch; plain JSON."""
+        lanes = [[lane, 0] for lane in range(self.lanes)]
+        return {"fingerprint": self.fingerprint, "batch": 0, "lanes": lanes}
+
+    def batches(
+        self, state: Mapping[str, Any], *, rows: range | None = None
+    ) -> Iterator[tuple[HostBatch, dict[str, Any]]]:
+        """Yields (batch, the state after it) from `state` on.
+
+        `rows` are the rows of the global batch that this host makes, all by default. A state knows only the lanes that
+        were run for it, None for the others; `merge_states` joins the hosts' states for a checkpoint. Raises ValueError
+        for a state of another stream.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                "the data stream has changed since this state was saved (files, sources, template, tokenizer, seed or "
+                "data options); go back to the old configuration, or give another output="
+            )
+        lanes, rows = len(state["lanes"]), range(self.batch_rows) if rows is None else rows
+        if self.batch_rows % lanes:
+            raise ValueError(
+                f"train.batch_rows: found {self.batch_rows}; expected a multiple of the run's {lanes} lanes"
+            )
+        needed = sorted({i * lanes // self.batch_rows for i in rows})
+        missing = [lane for lane, cursor in enumerate(state["lanes"]) if cursor is None]
+        if missing:
+            raise ValueError(f"this state knows nothing of lanes {missing}: join the hosts' states with merge_states")
+        cursors = {lane: list(state["lanes"][lane]) for lane in needed}
+        return self._run(int(state["batch"]), self.steps_left(state), lanes, rows, cursors)
+
+    def _run(
+        self, batch: int, left: int | None, lanes: int, rows: range, cursors: dict[int, list[int]]
+    ) -> Iterator[tuple[HostBatch, dict[str, Any]]]:
+        windows = self._windows(lanes, {lane: window for lane, (window, _) in cursors.items()})
+        waiting: dict[int, collections.deque[tuple[int, Window]]] = {lane: collections.deque() for lane in cursors}
+        share = self.batch_rows // lanes
+        last = None if left is None else batch + left
+        while last is None or batch < last:
+            taken = {lane: self._take(lane, cursors[lane], share, lanes, waiting, windows) for lane in cursors}
+            # Row i is row i - lane * share of its lane's portion.
+            picked = [taken[i * lanes // self.batch_rows][i % share] for i in rows]
+            batch += 1
+            state = [list(cursors[lane]) if lane in cursors else None for lane in range(lanes)]
+            yield self._batch(picked), {"fingerprint": self.fingerprint, "batch": batch, "lanes": state}
+
+    def _windows(self, lanes: int, at: Mapping[int, int]) -> Iterator[tuple[int, Window]]:
+        """Windows in order, made ahead by threads, or by processes with `data.workers`."""
+        ahead = grain.MapDataset.source(LaneWindows(self.maker, lanes=lanes, at=at)).to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(2, len(at)))
+        )
+        if self.workers:
+            if not flags.FLAGS.is_parsed():  # Grain asks absl for its own settings, which only absl programs parse
+                flags.FLAGS.mark_as_parsed()
+            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
+        return iter(ahead)
+
+    def _take(
+        self,
+        lane: int,
+        cursor: list[int],
+        count: int,
+        lanes: int,
+        waiting: Mapping[int, collections.deque[tuple[int, Window]]],
+        windows: Iterator[tuple[int, Window]],
+    ) -> list[tuple[Window, int] | None]:
+        """The lane's next rows as (window, row); None for each row past its end. Moves the cursor."""
+        taken: list[tuple[Window, int] | None] = []
+        counts = self.rows_of_windows
+        # In the last window the cursor stays behind the last row taken: a longer run goes on from there.
+        end = None if counts is None else [len(counts) - 1, int(counts[-1])]
+        while len(taken) < count:
+            if end is not None and cursor >= end:
+                taken.append(None)
+                continue
+            while not waiting[lane]:
+                number, window = next(windows)
+                self._report(window)
+                waiting[number % lanes].append((number, window))
+            window = waiting[lane][0][1]
+            if cursor[1] < len(window.splits) - 1:
+                taken.append((window, cursor[1]))
+                cursor[1] += 1
+            else:
+                waiting[lane].popleft()
+                cursor[:] = [cursor[0] + lanes, 0]
+        return taken
+
+    def _report(self, window: Window) -> None:
+        """Bad rows met while streaming: those of large data, which no pass has seen before."""
+        if window.bad and self.on_bad_row == "error":
+            raise ValueError(f"{window.bad[0][2]}; repair it, or set data.on_bad_row=skip to go on without such rows")
+        exact = all(s.exact for s in self.funnel.sources)
+        if window.bad and self.on_bad_row == "quarantine" and not exact:
+            found = [(self.maker.readers[s].source, row, message) for s, row, message in window.bad]
+            quarantine(found, self.output_dir, QUARANTINE, mode="a")  # evaluation is always counted
+
+    def _batch(self, picked: Sequence[tuple[Window, int] | None]) -> HostBatch:
+        rows, names = [], []
+        for place in picked:
+            row, ids = [], []
+            if place is not None:
+                window, r = place
+                first = np.cumsum(window.lengths) - window.lengths
+                for e in window.order[window.splits[r] : window.splits[r + 1]].tolist():
+                    span = slice(int(first[e]), int(first[e] + window.lengths[e]))
+                    example = packing.Example(window.tokens[span], window.targets[span], window.weights[span])
+                    ids.append(ExampleId(*window.ids[e].tolist()))
+                    row.append((example, ids[-1].source))
+            rows.append(row)
+            names.append(tuple(ids))
+        return HostBatch(packing.lay_out(rows, self.maker.length), tuple(names))
+
+    def describe(self) -> str:
+        """What will be learnt from, for a person: layouts, one rendered example, the funnel."""
+        lines = []
+        for name, layout, reader in zip(self.source_names, self.layouts, self.maker.readers, strict=True):
+            lines.append(f"{name}: format {layout.describe()}; template {reader.template.name}")
+        reader = self.maker.readers[0]
+        lines += [f"  {reader.template.checks.describe()}", "  one example, what is trained between « and »:"]
+        shown = example_text(reader)
+        lines += [f"    {line}" for line in shown.splitlines()] + [self.funnel.table()]
+        if self.fill is not None:
+            lines.append(f"packing fills {self.fill:.1%} of {self.maker.length} positions a row; {self.lanes} lanes")
+        return "\n".join(lines)
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state from those of several hosts at the same batch, each knowing its own lanes."""
+    if len({state["batch"] for state in states}) != 1:
+        raise ValueError(f"states of different batches: {sorted({state['batch'] for state in states})}")
+    lanes = [
+        next((known for known in lane if known is not None), None)
+        for lane in zip(*(s["lanes"] for s in states), strict=True)
+    ]
+    return {**states[0], "lanes": lanes}
+
+
+def quarantine(bad: Sequence[tuple[sources.Source, int, str]], output_dir: str | None, name: str, *, mode: str) -> None:
+    """Writes bad rows with where and why they were set aside to OUTPUT/`name`."""
+    if output_dir is None:
+        return
+    os.makedirs(output_dir, exist_ok=True)
+    with open(os.path.join(output_dir, name), mode, encoding="utf-8") as file:
+        for source, row, message in bad:
+            entry = {"where": source.where(row), "problem": message, "row": source.raw(row)}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def example_text(reader: RowReader) -> str:
+    """The first row that trains anything, as the model sees it, with « » around what is trained."""
+    for row in range(min(len(reader.source), 1000)):
+        if not reader.read([row])[0].examples:
+            continue
+        rendered = reader.render(reader.conversations(row)[0])
+        pieces, at = [], 0
+        for start, end, _ in sorted(rendered.spans):
+            pieces += [rendered.text[at:start], "«", rendered.text[start:end], "»"]
+            at = end
+        return "".join([*pieces, rendered.text[at:]])
+    return "(none among the first 1,000 rows)"
