@@ -31,6 +31,34 @@ class Batch(NamedTuple):
     source_ids: Any  # int32
 
 
+class PairBatch(NamedTuple):
+    """One global batch of packed pairs for an encoder-decoder; encoder fields `[B S]`, the others `[B T]`.
+
+    Pairs (8 7 1 -> 4 1) and (2 3 4 1 -> 5 6 1) in S = T = 10::
+
+        encoder_tokens       [8 7 1 2 3 4 1 0 0 0]
+        encoder_positions    [0 1 2 0 1 2 3 0 0 0]
+        encoder_segment_ids  [1 1 1 2 2 2 2 0 0 0]
+        tokens               [0 4 0 5 6 0 0 0 0 0]     targets one to the right, the start token in front
+        targets              [4 1 5 6 1 0 0 0 0 0]
+        positions            [0 1 0 1 2 0 0 0 0 0]
+        segment_ids          [1 1 2 2 2 0 0 0 0 0]
+        loss_weights         [1 1 1 1 1 0 0 0 0 0]
+
+    Segment s of the decoder attends to segment s of the encoder of its row.
+    """
+
+    encoder_tokens: Any  # int32
+    encoder_positions: Any  # int32
+    encoder_segment_ids: Any  # int32
+    tokens: Any  # int32
+    targets: Any  # int32
+    positions: Any  # int32
+    segment_ids: Any  # int32
+    loss_weights: Any  # float32
+    source_ids: Any  # int32
+
+
 class ExampleId(NamedTuple):
     """Names one example of the stream: row `row` of source `source`, seen for the `epoch`-th time (from 0)."""
 

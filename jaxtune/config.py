@@ -55,24 +55,135 @@ class TuningConfig(Section):
     )
 
 
-class SourceConfig(Section):
-    """One set of rows."""
+class MixingConfig(Section):
+    """How the members of a list of sources share the draws."""
 
-    path: str = Field(description="file, folder, glob, gs://, s3:// or hub dataset id")
+    rates: Literal["auto", "epochs", "weights", "proportional", "temperature", "equal"] = Field(
+        "auto",
+        description="epochs: rows x epochs, so that each row is seen exactly its epochs; weights: as given; "
+        "proportional, temperature: number of examples, scaled, capped, then to the power 1 / temperature; equal; "
+        "auto: weights where they are given, else epochs",
+    )
+    scale: Annotated[float, Field(gt=0)] = Field(1.0, description="proportional, temperature: examples times this")
+    cap: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="proportional, temperature: no rate is larger; applied after scale, before temperature"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="1 is proportional, infinity is equal")
+    unit: Literal["examples", "tokens"] = Field("examples", description="what the shares count")
+    tags: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict, description="share of all draws that sources with a tag get, e.g. {cot: 0.1}"
+    )
+
+
+class TableConfig(Section):
+    """A table of tasks: one source for each of its rows, by the pattern of `path` and `id`."""
+
+    path: str = Field(description="JSON lines or CSV, or builtin:flan2022/task_sizes.jsonl")
+    where: dict[str, Any] = Field(default_factory=dict, description="only rows with these values: {source: T0}")
+    examples: str | None = Field(None, description="column with the number of examples")
+
+
+Style = Literal[
+    "zero_shot",
+    "few_shot",
+    "zero_shot_no_options",
+    "few_shot_no_options",
+    "cot",
+    "cot_few_shot",
+    "inverted",
+    "inverted_few_shot",
+]
+FORMATS = (
+    "auto",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "text",
+    "oasst",
+    "dolly",
+    "orca",
+    "self_instruct",
+    "cot",
+    "natural_instructions",
+    "lima",
+    "fields",
+)
+
+
+class SourceConfig(Section):
+    """One set of rows, a group of sources mixed among themselves, or a table of sources."""
+
+    id: str | None = Field(None, description="its name in plans and logs; default from its path")
+    path: str | None = Field(None, description="file, folder, glob, gs://, s3:// or hub dataset id; may name {root}")
+    sources: tuple["SourceConfig", ...] = Field((), description="makes this a group: members instead of a path")
+    mixing: MixingConfig = Field(MixingConfig(), description="how a group's or a table's members share its draws")
+    table: TableConfig | None = Field(None, description="a source for each row of a table; path has its {columns}")
     revision: str | None = None
     name: str | None = Field(None, description="configuration name of a hub dataset")
     split: str | None = Field(None, description="split of a dataset; train where there is one")
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
+    format: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:\w+$")] | Literal[FORMATS] = Field(  # type: ignore[valid-type]
+        "auto", description="layout of the rows, or module:function that makes conversations of a row"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="of the format: docs/data-formats.md lists them")
     columns: dict[str, str] = Field(
         default_factory=dict, description="field of the format -> column of the rows, e.g. {prompt: question}"
     )
     template: str | None = Field(None, description="overrides data.template for this source")
+    system: str | None = Field(None, description="system message for rows that have none")
+    task: str | None = Field(None, description="its name in tables of templates and clusters; default: its id")
+    templates: str | tuple[dict[str, Any], ...] | None = Field(
+        None, description="phrasings of the task: a promptsource YAML, a table (YAML, JSONL), builtin:NAME, or inline"
+    )
+    each_template: bool = Field(False, description="a source for each of the templates, as T0 mixes them")
+    slots: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="values that fill {name} in templates, chosen anew for each example"
+    )
+    styles: dict[Style, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="shares of the styles, e.g. {zero_shot: 0.5, few_shot: 0.5}"
+    )
+    shots: Positive = Field(5, description="exemplars of a few-shot prompt, at most")
+    shot_tokens: Positive = Field(
+        1920, description="tokens that a few-shot prompt may have; exemplars are pruned to fit"
+    )
     weight: Annotated[float, Field(gt=0)] | None = Field(
         None, description="share of draws relative to the other sources; all or none have one"
     )
+    cap: Annotated[float, Field(gt=0)] | None = Field(None, description="instead of mixing.cap for this source")
     epochs: Annotated[float, Field(gt=0)] = Field(
         1.0, description="times this source is seen while the others are seen once (without weights)"
     )
+    examples: Positive | None = Field(None, description="how many it has; plans then need not read it")
+    tags: tuple[str, ...] = Field((), description="for shares and losses by tag; a group's tags are its members' too")
+    cluster: str | None = Field(None, description="its task cluster, for data.hold_out; default: by its task")
+    order: str = Field("shuffle", description="shuffle, file, length, or a column with a score; -length: longest first")
+
+
+class UntilConfig(Section):
+    """Where a phase ends; exactly one key is given."""
+
+    steps: Positive | None = None
+    tokens: Positive | None = Field(None, description="tokens of data, padding not counted")
+    draws: Positive | None = Field(None, description="examples drawn")
+
+
+class PhaseConfig(Section):
+    """A stretch of the run with its own mixture."""
+
+    until: UntilConfig | None = Field(None, description="where it ends; only the last phase has none")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="weights of the top sources by id; those not named get none"
+    )
+    tags: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict, description="instead of data.mixing.tags in this phase"
+    )
+
+
+class HoldOutConfig(Section):
+    """Task clusters that are evaluated on and never trained on."""
+
+    clusters: tuple[str, ...] = Field((), description="names in the table, or of sources' `cluster`")
+    table: str = Field("builtin:flan2021/clusters.json", description="JSON of cluster -> task names")
 
 
 class DataConfig(Section):
@@ -83,14 +194,31 @@ class DataConfig(Section):
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="share of each training source's rows held out for evaluation, drawn from the seed"
     )
+    root: str | None = Field(None, description="what {root} stands for in paths")
+    missing: Literal["error", "skip"] = Field(
+        "error", description="skip leaves out sources whose files are not there, and says so"
+    )
+    mixing: MixingConfig = Field(MixingConfig(), description="how the sources of data.train share the draws")
+    phases: tuple[PhaseConfig, ...] = Field((), description="mixtures one after another")
+    stop: Literal["plan", "first_exhausted", "all_exhausted"] = Field(
+        "plan",
+        description="end of an epoch where shares decide: after as many draws as there are examples, or when the first "
+        "or the last source has been seen",
+    )
+    hold_out: HoldOutConfig = HoldOutConfig()
     template: str = Field(
-        "auto", description="auto (the tokenizer's own), alpaca, chatml, llama2, llama3, vicuna, plain, or a Jinja file"
+        "auto",
+        description="auto (the tokenizer's own), alpaca, chatml, gemma, llama2, llama3, mistral, phi, plain, qwen3, "
+        "vicuna, zephyr, or a Jinja file",
     )
     max_length: Positive | None = Field(
         None, description="tokens per row (T); default min(2048, the model's positions)"
     )
     packing: bool = Field(True, description="several examples a row, isolated from one another")
     train_on: Literal["assistant", "last", "all"] = "assistant"
+    reasoning: Literal["keep", "drop", "last"] = Field(
+        "keep", description="<think> blocks of answers: kept, dropped, or kept in the last answer only"
+    )
     overlong: Literal["drop", "truncate_turns", "truncate_right", "split", "error"] = "drop"
     on_bad_row: Literal["error", "skip", "quarantine"] = "error"
     max_lost: Fraction | None = Field(None, description="stop when a larger share of tokens than this is lost")

@@ -6,6 +6,7 @@ Scalars are YAML 1.2's: `1e-4` is a number, `no` and `on` are strings, only `tru
 
 import difflib
 import json
+import os
 import pathlib
 import re
 import types
@@ -97,7 +98,14 @@ def decode(words: Sequence[str]) -> Config:
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
-    """Returns the configuration of a tree of plain values; raises ConfigError with every problem."""
+    """Returns the configuration of a tree of plain values; raises ConfigError with every problem.
+
+    `${NAME}` in a text is the environment variable's value.
+    """
+    unset: list[str] = []
+    tree = _with_environment(tree, "", unset)
+    if unset:
+        raise ConfigError("\n".join(unset))
     try:
         return Config.model_validate(_tuples(tree))
     except pydantic.ValidationError as error:
@@ -165,6 +173,21 @@ def _assign(tree: Any, key: str, text: str) -> list[str]:
                 node[index] = child
             node = child
     return []
+
+
+def _with_environment(value: Any, path: str, unset: list[str]) -> Any:
+    """Fills in environment variables; notes those that are not set."""
+    if isinstance(value, Mapping):
+        return {k: _with_environment(v, f"{path}.{k}".lstrip("."), unset) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_environment(v, f"{path}.{i}".lstrip("."), unset) for i, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    for name in re.findall(r"\$\{(\w+)\}", value):
+        if name not in os.environ:
+            unset.append(f"{path}: found ${{{name}}}, and no such environment variable; set it: export {name}=...")
+        value = value.replace(f"${{{name}}}", os.environ.get(name, ""))
+    return value
 
 
 def _tuples(value: Any) -> Any:
@@ -259,22 +282,26 @@ def _section_in(annotation: Any) -> type[pydantic.BaseModel] | None:
     return None
 
 
-def _all_paths(model: type[pydantic.BaseModel] = Config, prefix: str = "") -> list[str]:
+def _all_paths(model: type[pydantic.BaseModel] = Config, prefix: str = "", inside: tuple[Any, ...] = ()) -> list[str]:
+    """Dotted paths of all keys; a section inside itself (a group's sources) is named, not entered again."""
     paths = []
     for name, field in model.model_fields.items():
         section = _section_in(field.annotation)
-        paths += _all_paths(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+        enters = section is not None and section not in (model, *inside)
+        paths += _all_paths(section, f"{prefix}{name}.", (model, *inside)) if enters else [f"{prefix}{name}"]
     return paths
 
 
-def describe_keys(model: type[pydantic.BaseModel] = Config, prefix: str = "") -> str:
+def describe_keys(
+    model: type[pydantic.BaseModel] = Config, prefix: str = "", inside: tuple[type[pydantic.BaseModel], ...] = ()
+) -> str:
     """Returns a line for every key: its path, its default, and what it means."""
     lines = []
     for name, field in model.model_fields.items():
         section = _section_in(field.annotation)
-        if section:
+        if section and section not in (model, *inside):
             item = "0." if typing.get_origin(field.annotation) is tuple else ""
-            lines.append(describe_keys(section, f"{prefix}{name}.{item}"))
+            lines.append(describe_keys(section, f"{prefix}{name}.{item}", (model, *inside)))
         else:
             default = "required" if field.is_required() else f"= {field.get_default(call_default_factory=True)!r}"
             choices = [a for a in typing.get_args(field.annotation) if isinstance(a, str)]
