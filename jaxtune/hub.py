@@ -23,6 +23,10 @@ MODEL_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LIC
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+class MissingSource(ValueError):
+    """A path that matches nothing, or a hub id that does not exist; `data.missing: skip` passes over it."""
+
+
 def cache_dir() -> str:
     """The folder for indexes and spooled files: $JAXTUNE_CACHE, else ~/.cache/jaxtune."""
     return os.environ.get("JAXTUNE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "jaxtune")
@@ -122,7 +126,9 @@ def resolve_files(path: str) -> list[str]:
         root = _assets()
         files = sorted(glob.glob(os.path.join(root, path[len(BUILTIN) :])))
         if not files:
-            raise ValueError(f"{path}: no such file in the package{_nearest(os.path.join(root, path[len(BUILTIN) :]))}")
+            raise MissingSource(
+                f"{path}: no such file in the package{_nearest(os.path.join(root, path[len(BUILTIN) :]))}"
+            )
         return files
     if is_url(path):
         return _remote_files(path)
@@ -132,14 +138,14 @@ def resolve_files(path: str) -> list[str]:
     if os.path.isdir(local):
         files = sorted(str(f) for f in pathlib.Path(local).rglob("*") if f.is_file() and f.name.endswith(DATA_SUFFIXES))
         if not files:
-            raise ValueError(f"{path}: found a folder without data files; expected files ending {_suffixes()}")
+            raise MissingSource(f"{path}: found a folder without data files; expected files ending {_suffixes()}")
         return files
     if any(c in local for c in "*?["):
         files = sorted(f for f in glob.glob(local, recursive=True) if os.path.isfile(f))
         if not files:
-            raise ValueError(f"{path}: no file matches this pattern{_nearest(local)}")
+            raise MissingSource(f"{path}: no file matches this pattern{_nearest(local)}")
         return files
-    raise ValueError(f"{path}: no such file or folder{_nearest(local)}; expected a file ending {_suffixes()}")
+    raise MissingSource(f"{path}: no such file or folder{_nearest(local)}; expected a file ending {_suffixes()}")
 
 
 def _remote_files(path: str) -> list[str]:
@@ -154,7 +160,7 @@ def _remote_files(path: str) -> list[str]:
     else:
         found = [inner] if filesystem.exists(inner) else []
     if not found:
-        raise ValueError(f"{path}: no such file in this store; check the name and the account's right to read it")
+        raise MissingSource(f"{path}: no such file in this store; check the name and the account's right to read it")
     return sorted(filesystem.unstrip_protocol(f) for f in found)
 
 

@@ -5,35 +5,42 @@ the fields' values to conversations. A new format is a function and an entry.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from jaxtune.data import dialogues, pairs
+from jaxtune.data.cleaning import ShareGptOptions
+from jaxtune.data.message_trees import OasstOptions, oasst
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
+from jaxtune.data.row_values import Row, kind, missing, near
 
-Row = Mapping[str, Any]
+_FLAT_TREE = {"message_id", "parent_id", "role", "text"}
 
-_ROLE_NAMES = {
-    "messages": {"system": "system", "user": "user", "assistant": "assistant"},
-    "sharegpt": {
-        "system": "system",
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "chatgpt": "assistant",
-        "assistant": "assistant",
-        "model": "assistant",
-    },
-}
+
+class NoOptions(BaseModel):
+    """The options of formats that have none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Fields with their usual column names (the first is the field's own), which are needed, and the conversion."""
+    """Fields with their usual column names (the first is the field's own), which are needed, and the conversion.
+
+    `fits(values)` tells formats with the same columns apart, by a row's values of the needed fields; `telling` are
+    columns without which the format is not found, though it can be named. Neither matters to a format that is named.
+    """
 
     fields: Mapping[str, tuple[str, ...]]
     required: tuple[str, ...]
-    convert: Callable[[Row], list[Conversation]]
+    convert: Callable[[Row, Any], list[Conversation]]
+    fits: Callable[[Row], bool] | None = None
+    telling: tuple[str, ...] = ()
+    options: type[BaseModel] = NoOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +53,45 @@ class Layout:
 
     format: str
     columns: Mapping[str, str]
+    options: BaseModel = dataclasses.field(default_factory=NoOptions)
+    system: str | None = None
 
     def describe(self) -> str:
         """`alpaca (instruction, input, output <- response)`."""
+        if ":" in self.format:
+            return self.format
         pairs = (field if field == column else f"{field} <- {column}" for field, column in self.columns.items())
-        return f"{self.format} ({', '.join(pairs)})"
+        return f"{self.format} ({', '.join(pairs)})" if self.columns else self.format
 
     def convert(self, row: Row) -> list[Conversation]:
         """The row's conversations; raises RowError for a malformed row, NothingToLearn for one without an answer."""
+        if ":" in self.format:
+            conversations = _convert_by_function(self.format, row)
+        else:
+            conversations = FORMATS[self.format].convert(self._values(row), self.options)
+        out, nothing = [], NothingToLearn("no assistant turn")
+        for conversation in conversations:
+            opened = self._with_system(conversation)
+            try:
+                _check_turns(opened)
+                out.append(opened)
+            except NothingToLearn as reason:
+                nothing = reason
+        if not out:
+            raise nothing
+        return out
+
+    def fields(self, row: Row) -> dict[str, Any]:
+        """The row's columns, and the format's fields under their own names: what task templates are filled from."""
+        return {**row, **({} if ":" in self.format else self._values(row))}
+
+    def _values(self, row: Row) -> dict[str, Any]:
         spec = FORMATS[self.format]
         for field in spec.required:
             if self.columns[field] not in row:
-                raise RowError("missing column", _missing(self.columns[field], list(row)))
+                raise RowError("missing column", missing(self.columns[field], list(row)))
         found = {field: self._column(field, row) for field in spec.fields}
-        values = {field: row.get(column) for field, column in found.items() if column is not None}
-        conversations = spec.convert(values)
-        for conversation in conversations:
-            _check_turns(conversation)
-        return conversations
+        return {field: row.get(column) for field, column in found.items() if column is not None}
 
     def _column(self, field: str, row: Row) -> str | None:
         """The column of this row that holds the field: the layout's, else the first usual name that is there."""
@@ -72,24 +100,55 @@ class Layout:
             return column
         return next((name for name in usual if name in row), None)
 
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        roles = [message.role for message in conversation.messages[:1]]
+        if not self.system or roles in ([], ["system"], ["text"]):
+            return conversation
+        opened = (Message("system", self.system), *conversation.messages)
+        return dataclasses.replace(conversation, messages=opened)
 
-def find_layout(rows: Sequence[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None) -> Layout:
+
+def find_layout(
+    rows: Sequence[Row],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    system: str | None = None,
+) -> Layout:
     """Decides format and columns from the first rows; `columns` (field -> column) wins over the usual names.
 
-    Raises ValueError naming the columns found when no format fits, or when a named column is not there.
+    Args:
+        options: of the format, as docs/data-formats.md lists them.
+        system: the system message of conversations that have none.
+
+    Raises:
+        ValueError: naming the columns found when no format fits or a named column is not there, or a wrong option.
     """
     columns = dict(columns or {})
     found = list(dict.fromkeys(key for row in rows for key in row))
+    if ":" in format:
+        if columns or options:
+            key = "columns" if columns else "options"
+            raise ValueError(f"{key}: found beside format {format}, which is given the row as it is")
+        _function(format)
+        return Layout(format, {}, system=system)
     for field, column in columns.items():
         if column not in found:
-            raise ValueError(f"columns.{field}: {_missing(column, found)}")
+            raise ValueError(f"columns.{field}: {missing(column, found)}")
+    if set(found) >= _FLAT_TREE and "replies" not in found and format in ("auto", "oasst") and not columns:
+        raise ValueError(
+            "found single messages of OpenAssistant trees (message_id, parent_id), which cannot be put together row by "
+            "row; give the export of whole trees (files named *.trees.jsonl.gz), or columns.text=text to train each "
+            "message as text"
+        )
     if format == "auto":
         format = _detect(rows, columns, found)
     spec = FORMATS[format]
     unknown = [field for field in columns if field not in spec.fields]
-    if unknown:
+    if unknown and format != "fields":
         raise ValueError(
-            f"columns.{unknown[0]}: format {format} has no such field{_near(unknown[0], list(spec.fields))}; "
+            f"columns.{unknown[0]}: format {format} has no such field{near(unknown[0], list(spec.fields))}; "
             f"its fields are {', '.join(spec.fields)}"
         )
     chosen = {
@@ -98,73 +157,152 @@ def find_layout(rows: Sequence[Row], *, format: str = "auto", columns: Mapping[s
     }
     for field in spec.required:
         if chosen[field] is None:
-            raise ValueError(f"format {format}: {_missing(field, found)}; map it with columns.{field}=COLUMN")
-    return Layout(format, {field: column for field, column in chosen.items() if column is not None})
+            raise ValueError(f"format {format}: {missing(field, found)}; map it with columns.{field}=COLUMN")
+    kept = {field: column for field, column in chosen.items() if column is not None}
+    return Layout(format, kept, read_options(format, options or {}), system)
+
+
+def read_options(format: str, options: Mapping[str, Any]) -> BaseModel:
+    """The format's options, checked; raises ValueError with the nearest name, or what is wrong with a value."""
+    spec = FORMATS[format].options
+    for name in options:
+        if name not in spec.model_fields:
+            known = ", ".join(spec.model_fields) or "none"
+            raise ValueError(
+                f"options.{name}: format {format} has no such option{near(name, list(spec.model_fields))}; "
+                f"its options are {known}"
+            )
+    try:
+        return spec.model_validate({k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        path = ".".join(map(str, problem["loc"]))
+        words = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"options.{path}: found {problem['input']!r}; {words[0].lower()}{words[1:]}") from error
 
 
 def _detect(rows: Sequence[Row], columns: Mapping[str, str], found: list[str]) -> str:
-    """The first format whose required fields are all there; lists of messages are told apart by their keys."""
+    """The first format whose needed fields are all there and look as they should."""
     for name, spec in FORMATS.items():
-        if not set(columns) <= set(spec.fields):
+        if name == "fields" or not set(columns) <= set(spec.fields):
             continue
-        sources = {f: columns.get(f) or next((n for n in spec.fields[f] if n in found), None) for f in spec.required}
-        if None in sources.values():
+        needed = (*spec.required, *spec.telling)
+        chosen = {f: columns.get(f) or next((n for n in spec.fields[f] if n in found), None) for f in needed}
+        if None in chosen.values():
             continue
-        if name in _ROLE_NAMES:
-            column = str(sources["messages"])
-            turns: list[Any] = next(
-                (row[column] for row in rows if isinstance(row.get(column), list) and row[column]), []
-            )
-            if not (turns and isinstance(turns[0], dict) and ("from" in turns[0]) == (name == "sharegpt")):
-                continue
-        return name
-    needs = "; ".join(f"{name} needs {', '.join(spec.required)}" for name, spec in FORMATS.items())
+        if spec.fits is None or any(spec.fits(v) for v in _needed_values(rows, spec.required, chosen)):
+            return name
+    needs = "; ".join(f"{name} needs {', '.join(spec.required)}" for name, spec in FORMATS.items() if spec.required)
     raise ValueError(
         f"no format fits the columns found: {', '.join(found) or 'none'} ({needs}); "
         "name the columns, e.g. columns.prompt=QUESTION columns.completion=ANSWER"
     )
 
 
-def _alpaca(row: Row) -> list[Conversation]:
-    instruction, output = _text(row, "instruction"), _text(row, "output", none="")
-    extra = _text(row, "input", none="")
-    fields, content = {}, instruction
-    if extra.strip():
-        # Templates that know alpaca's two prompts read the parts; all others read the joined content.
-        fields, content = {"instruction": instruction, "input": extra}, f"{instruction}\n\n{extra}"
-    user = Message("user", content, fields=fields)
-    return [Conversation((*_system(row), user, Message("assistant", output)))]
+def _needed_values(
+    rows: Sequence[Row], required: Sequence[str], chosen: Mapping[str, str | None]
+) -> Iterable[dict[str, Any]]:
+    """The first row whose needed columns all hold something."""
+    for row in rows:
+        values = {field: row.get(str(chosen[field])) for field in required}
+        if all(values.values()):
+            yield values
+            return
 
 
-def _prompt_completion(row: Row) -> list[Conversation]:
-    messages: list[Message] = []
-    for field, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row.get(field), list):
-            messages += _turns(row[field], "role", "content", "messages")
-        else:
-            messages.append(Message(role, _text(row, field, none="" if role == "assistant" else None)))
-    return [_with_system(row, messages)]
+def _turns_with(key: str) -> Callable[[Row], bool]:
+    def fits(values: Row) -> bool:
+        turns = values["messages"]
+        return isinstance(turns, list) and isinstance(turns[0], Mapping) and key in turns[0]
+
+    return fits
 
 
-def _messages(row: Row) -> list[Conversation]:
-    return [_with_system(row, _turns(row["messages"], "role", "content", "messages"))]
+def _is_message_list(values: Row) -> bool:
+    turns = values["messages"]
+    return isinstance(turns, list) and isinstance(turns[0], Mapping) and "from" not in turns[0]
 
 
-def _sharegpt(row: Row) -> list[Conversation]:
-    return [_with_system(row, _turns(row["messages"], "from", "value", "sharegpt"))]
+def _is_text_list(values: Row) -> bool:
+    turns = values["turns"]
+    return isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
 
 
-def _raw_text(row: Row) -> list[Conversation]:
-    return [Conversation((Message("text", _text(row, "text")),))]
+def _is_tree(values: Row) -> bool:
+    prompt = values["prompt"]
+    if isinstance(prompt, list):
+        return isinstance(prompt[0], Mapping) and "parent_id" in prompt[0]
+    return isinstance(prompt, Mapping) and "replies" in prompt
 
 
+def _tells_of_instances(values: Row) -> bool:
+    return isinstance(values["instances"], list)
+
+
+_SYSTEM = ("system", "system_prompt")
 # The order is that of detection: the more telling columns first.
 FORMATS: dict[str, Format] = {
+    "oasst": Format(
+        {
+            "prompt": ("prompt", "messages"),
+            "tree_state": ("tree_state",),
+            "tree_id": ("message_tree_id",),
+        },
+        ("prompt",),
+        oasst,
+        fits=_is_tree,
+        options=OasstOptions,
+    ),
     "sharegpt": Format(
-        {"messages": ("conversations", "messages", "conversation"), "system": ("system",)}, ("messages",), _sharegpt
+        {"messages": ("conversations", "messages", "conversation"), "system": _SYSTEM, "tools": ("tools",)},
+        ("messages",),
+        dialogues.sharegpt,
+        fits=_turns_with("from"),
+        options=ShareGptOptions,
     ),
     "messages": Format(
-        {"messages": ("messages", "conversations", "conversation"), "system": ("system",)}, ("messages",), _messages
+        {"messages": ("messages", "conversations", "conversation", "turns"), "system": _SYSTEM, "tools": ("tools",)},
+        ("messages",),
+        dialogues.messages,
+        fits=_is_message_list,
+    ),
+    "lima": Format(
+        {"turns": ("conversations", "data", "dialogue"), "system": _SYSTEM},
+        ("turns",),
+        dialogues.lima,
+        fits=_is_text_list,
+    ),
+    "questions": Format({"turns": ("turns",)}, ("turns",), dialogues.questions, fits=_is_text_list),
+    "self_instruct": Format(
+        {"instruction": ("instruction",), "instances": ("instances",), "system": ("system",)},
+        ("instruction", "instances"),
+        pairs.self_instruct,
+        fits=_tells_of_instances,
+    ),
+    "dolly": Format(
+        {
+            "instruction": ("instruction",),
+            "context": ("context", "input"),
+            "response": ("response", "output"),
+            "category": ("category",),
+            "system": ("system",),
+        },
+        ("instruction", "response"),
+        pairs.dolly,
+        telling=("category",),
+    ),
+    "natural_instructions": Format(
+        {
+            "definition": ("definition", "Definition"),
+            "input": ("input", "example_input"),
+            "output": ("output", "example_output"),
+            "positive_examples": ("positive_examples", "Positive Examples"),
+            "negative_examples": ("negative_examples", "Negative Examples"),
+            "explanation": ("explanation", "example_explanation"),
+            "system": ("system",),
+        },
+        ("definition", "input", "output"),
+        pairs.natural_instructions,
     ),
     "alpaca": Format(
         {
@@ -174,127 +312,119 @@ FORMATS: dict[str, Format] = {
             "system": ("system",),
         },
         ("instruction", "output"),
-        _alpaca,
+        pairs.alpaca,
+    ),
+    "cot": Format(
+        {
+            "question": ("question",),
+            "answer": ("answer",),
+            "chain_of_thought": ("chain_of_thought", "rationale", "cot"),
+            "system": ("system",),
+        },
+        ("question", "answer", "chain_of_thought"),
+        pairs.cot,
+    ),
+    "orca": Format(
+        {
+            "system": _SYSTEM,
+            "question": ("question",),
+            "response": ("response",),
+            "id": ("id",),
+            "source": ("source",),
+            "teacher": ("teacher",),
+            "stage": ("stage",),
+        },
+        ("question", "response"),
+        pairs.orca,
+        telling=("system",),
     ),
     "prompt_completion": Format(
         {
-            "prompt": ("prompt", "question"),
-            "completion": ("completion", "answer", "response"),
-            "system": ("system",),
+            "prompt": ("prompt", "question", "query", "problem", "inputs"),
+            "completion": ("completion", "answer", "response", "solution", "targets"),
+            "options": ("options",),
+            "system": _SYSTEM,
+            "tools": ("tools",),
         },
         ("prompt", "completion"),
-        _prompt_completion,
+        dialogues.prompt_completion,
     ),
-    "text": Format({"text": ("text",)}, ("text",), _raw_text),
+    "text": Format({"text": ("text",)}, ("text",), pairs.raw_text),
+    "fields": Format({}, (), pairs.fields),
 }
 
 
-def _system(row: Row) -> tuple[Message, ...]:
-    text = _text(row, "system", none="")
-    return (Message("system", text),) if text.strip() else ()
+@functools.cache
+def _function(name: str) -> Callable[[dict[str, Any]], Any]:
+    """What `module:function` names; raises ValueError when it cannot be imported or is not callable."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = vars(importlib.import_module(module)).get(attribute)
+    except Exception as error:
+        raise ValueError(
+            f"format {name}: module {module} cannot be imported ({type(error).__name__}: {error}); is its folder on "
+            "PYTHONPATH?"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"format {name}: module {module} has no function {attribute}{near(attribute, dir(module))}")
+    return found
 
 
-def _with_system(row: Row, messages: Sequence[Message]) -> Conversation:
-    """The messages after the system column's text, which may stand there a second time as the first message."""
-    column = _system(row)
-    if column and messages and messages[0].role == "system":
-        if messages[0].content.strip() != column[0].content.strip():
+def _convert_by_function(name: str, row: Row) -> list[Conversation]:
+    try:
+        made = _function(name)(dict(row))
+    except (RowError, NothingToLearn):
+        raise
+    except Exception as error:
+        raise RowError("refused by its format", f"{name} raised {type(error).__name__}: {error}") from error
+    several = isinstance(made, list) and bool(made) and isinstance(made[0], list | Conversation)
+    out = []
+    for one in made if several else [made]:
+        if isinstance(one, Conversation):
+            out.append(one)
+        elif isinstance(one, list):
+            out += dialogues.messages({"messages": one}, None)
+        else:
             raise RowError(
-                "two system messages",
-                f"the column system has {column[0].content[:40]!r} and message 1 has {messages[0].content[:40]!r}; "
-                "expected the same text, or one of the two",
+                "wrong type",
+                f"{name} gave {kind(one)}; expected a list of {{role, content}} objects, or a list of such",
             )
-        return Conversation(tuple(messages))
-    return Conversation((*column, *messages))
-
-
-def _turns(turns: Any, role_key: str, content_key: str, names: str) -> list[Message]:
-    if not isinstance(turns, list):
-        raise RowError("wrong type", f"found {_kind(turns)}; expected a list of {{{role_key}, {content_key}}} objects")
-    messages = []
-    for n, turn in enumerate(turns, 1):
-        if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
-            found = f"keys {', '.join(turn)}" if isinstance(turn, Mapping) else _kind(turn)
-            raise RowError("wrong type", f"message {n}: found {found}; expected keys {role_key} and {content_key}")
-        role = _ROLE_NAMES[names].get(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            known = list(_ROLE_NAMES[names])
-            near = _near(str(turn[role_key]), known)
-            raise RowError(
-                "unknown role",
-                f"message {n}: found {role_key} {turn[role_key]!r}{near}; expected one of {', '.join(known)}",
-            )
-        messages.append(Message(role, _content(turn[content_key], n), weight=_weight(turn, n)))
-    return messages
-
-
-def _content(content: Any, n: int) -> str:
-    """Text, or the text parts of a list of parts; None is an empty answer."""
-    if content is None:
-        return ""
-    if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise RowError("wrong type", f"message {n}: content is {_kind(content)}; expected text")
-    return content
-
-
-def _weight(turn: Row, n: int) -> float | None:
-    train, weight = turn.get("train"), turn.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise RowError("wrong type", f"message {n}: train is {_kind(train)}; expected true or false")
-    if weight is not None and (
-        isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e9
-    ):
-        raise RowError("wrong type", f"message {n}: weight is {weight!r}; expected a number of at least 0")
-    if train is False:
-        return 0.0
-    return None if weight is None else float(weight)
-
-
-def _text(row: Row, field: str, none: str | None = None) -> str:
-    value = row.get(field)
-    if value is None and none is not None:
-        return none
-    if not isinstance(value, str):
-        raise RowError("wrong type", f"{field} is {_kind(value)}; expected text")
-    return value
+    return out
 
 
 def _check_turns(conversation: Conversation) -> None:
     """Raises RowError for roles out of order, NothingToLearn where no answer is given."""
-    roles = [message.role for message in conversation.messages]
+    messages = conversation.messages
+    roles = [message.role for message in messages]
     if roles == ["text"]:
-        if not conversation.messages[0].content.strip():
+        if not messages[0].content.strip():
             raise NothingToLearn("empty text")
         return
     if "system" in roles[1:]:
         n = roles.index("system", 1) + 1
         raise RowError("roles out of order", f"message {n} is a system message; expected it first, or not at all")
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    shift = len(roles) - len(turns) + 1
-    for n, role in enumerate(turns):
-        expected = "assistant" if n % 2 else "user"
-        if role != expected:
-            before = f"after {turns[n - 1]}" if n else "first"
+    first = 1 if roles[:1] == ["system"] else 0
+    for n in range(first, len(roles)):
+        before = messages[n - 1] if n > first else None
+        expected = _may_follow(before)
+        if roles[n] not in expected:
+            after = "first" if before is None else f"after {before.role}"
+            after += " with a tool call" if before is not None and before.tool_calls else ""
             raise RowError(
-                "roles out of order", f"message {n + shift}: found {role} {before}; expected {expected} there"
+                "roles out of order",
+                f"message {n + 1}: found {roles[n]} {after}; expected {' or '.join(expected)} there",
             )
     if "assistant" not in roles:
         raise NothingToLearn("no assistant turn")
-    if not any(m.content.strip() for m in conversation.messages if m.role == "assistant"):
+    if all(m.is_blank for m in messages if m.role == "assistant"):
         raise NothingToLearn("empty answer")
 
 
-def _kind(value: Any) -> str:
-    names = {type(None): "null", str: "text", list: "a list", dict: "an object", bool: "true or false"}
-    return names.get(type(value), f"the number {value!r}" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _missing(column: str, found: list[str]) -> str:
-    return f"no column {column!r}{_near(column, found)}; found columns {', '.join(found) or 'none'}"
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" (nearest: {near[0]})" if near else ""
+def _may_follow(before: Message | None) -> tuple[str, ...]:
+    if before is None:
+        return ("user",)
+    if before.role == "user":
+        return ("assistant",)
+    if before.role == "tool":
+        return ("assistant", "tool")
+    return ("tool",) if before.tool_calls else ("user", "tool")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "text")
+ROLES = ("system", "user", "assistant", "tool", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,22 +13,34 @@ class Message:
 
     `weight` None leaves the choice to `data.train_on`; a number is the weight of this message's tokens whatever
     `train_on` says. `fields` are further keys that a chat template may read beside role and content: alpaca's
-    `instruction` and `input`, whose joined form is `content`. Role `text` is raw text outside any chat.
+    `instruction` and `input`, whose joined form is `content`. Role `text` is raw text outside any chat; role `tool` is
+    what a tool gave back. `tool_calls` are an answer's calls: {"id", "type": "function", "function": {"name",
+    "arguments"}}, the arguments as an object.
     """
 
     role: str
     content: str
     weight: float | None = None
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it says nothing and calls nothing."""
+        return not self.tool_calls and not self.content.strip()
 
     def as_dict(self) -> dict[str, Any]:
         """The message as chat templates see it."""
-        return {"role": self.role, "content": self.content, **self.fields}
+        calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
+        return {"role": self.role, "content": self.content, **self.fields, **calls}
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages in order, and whatever else the row carried that later stages may ask for."""
+    """Messages in order, and whatever else the row carried that later stages may ask for.
+
+    `meta["tools"]` are the functions that may be called: {"type": "function", "function": {"name", ...}}.
+    """
 
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)

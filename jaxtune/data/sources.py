@@ -28,6 +28,7 @@ from jaxtune import hub
 from jaxtune.config import SourceConfig
 from jaxtune.data.records import RowError
 
+MissingSource = hub.MissingSource
 _CHUNK = 1 << 24
 _BOM = b"\xef\xbb\xbf"
 
@@ -230,7 +231,7 @@ def _load_hub_dataset(config: SourceConfig) -> tuple[Any, str | None]:
     except ValueError:
         raise  # a wrong name or split: the library lists the right ones
     except Exception as error:
-        raise ValueError(hub.hub_problem(config.path, error, kind="dataset", revision=config.revision)) from error
+        raise MissingSource(hub.hub_problem(config.path, error, kind="dataset", revision=config.revision)) from error
 
 
 def _choose_split(loaded: Any, config: SourceConfig) -> tuple[Any, str | None]:

@@ -23,7 +23,7 @@ def convert(row, **keys):
         ),
         (
             {"instruction": "Add", "context": "", "response": "3", "category": "x", "system": "Be"},
-            "alpaca (instruction, input <- context, output <- response, system)",
+            "dolly (instruction, context, response, category, system)",
             [("system", "Be"), ("user", "Add"), ("assistant", "3")],
         ),
         ({"messages": [USER, ASSISTANT]}, "messages (messages)", [("user", "Hi"), ("assistant", "Yes")]),
