@@ -1,4 +1,4 @@
-"""Rows to training examples: parse, convert, render, shift, and keep within the length.
+"""Rows to training examples: parse, convert or word, render, shift, and keep within the length.
 
 `RowReader` is the one path from a source's row to what is packed; the length pass, the stream and the audit use it
 alike. Shifting comes before packing: of n tokens the first n - 1 are inputs and the last n - 1 are targets, so an
@@ -6,19 +6,25 @@ example takes n - 1 positions and its last token is a target only.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxtune.data.content import content_hashes, fields_hash
+from jaxtune.data.fewshot import Exemplars
 from jaxtune.data.formats import Layout
 from jaxtune.data.packing import Example
+from jaxtune.data.reasoning import apply_reasoning
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
 from jaxtune.data.sources import Source
+from jaxtune.data.tasks import Phrasing
 from jaxtune.data.templates import ChatTemplate, Rendered
 
 OVERLONG = "over length"
 NOT_TRAINED = "no trained token"
+HELD_OUT = "also held out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,7 @@ class ExampleOptions:
     train_on: str = "assistant"
     overlong: str = "drop"
     loss_weighting: str = "token"
+    reasoning: str = "keep"
 
 
 @dataclasses.dataclass
@@ -37,6 +44,7 @@ class RowResult:
 
     `reason` says why (part of) it gives nothing; `bad` rows are those that cannot be read, with `message` in full.
     Tokens are counted before shifting. Of `turns` trained answers kept, `stops` train their end-of-turn token.
+    `reasoning_removed` counts the reasoning blocks that `data.reasoning` took out of its answers.
     """
 
     examples: list[Example]
@@ -45,13 +53,18 @@ class RowResult:
     lost_tokens: int = 0
     turns: int = 0
     stops: int = 0
+    reasoning_removed: int = 0
     reason: str | None = None
     message: str = ""
     bad: bool = False
 
 
 class RowReader:
-    """One source with its layout, template and options: rows in, examples out. Travels to worker processes."""
+    """One source with its layout, template and options: rows in, examples out. Travels to worker processes.
+
+    `phrasing` words rows by the templates of a task; a few-shot one takes exemplars from `exemplar_rows` (int64; None:
+    all rows). `excluded` are sorted uint64 content hashes of held-out examples: rows that say the same give none.
+    """
 
     def __init__(
         self,
@@ -61,36 +74,111 @@ class RowReader:
         *,
         text_template: ChatTemplate,
         options: ExampleOptions,
+        phrasing: Phrasing | None = None,
+        exemplar_rows: np.ndarray | None = None,
+        excluded: np.ndarray | None = None,
     ) -> None:
         self.source, self.layout, self.template = source, layout, template
         self.text_template, self.options = text_template, options
+        self.phrasing, self.exemplar_rows, self.excluded = phrasing, exemplar_rows, excluded
+        if phrasing is not None:
+            phrasing.check_count(len(source) if exemplar_rows is None else len(exemplar_rows))
 
-    def read(self, rows: Sequence[int]) -> list[RowResult]:
-        """What becomes of each row; never raises for a row, whose error is in its result."""
+    @property
+    def varies(self) -> bool:
+        """Whether what a row becomes depends on the epoch."""
+        return self.phrasing is not None and self.phrasing.varies
+
+    @property
+    def key(self) -> str:
+        """Names everything that decides how rows are worded and which are left out as held out."""
+        parts = ("" if self.phrasing is None else self.phrasing.key).encode(), *map(_bytes, self._chosen_rows())
+        return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
+
+    def _chosen_rows(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        shown = self.phrasing is not None and self.phrasing.takes_exemplars
+        return self.exemplar_rows if shown else None, self.excluded
+
+    def read(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> list[RowResult]:
+        """What becomes of each row in its epoch (default 0); never raises for a row, whose error is in its result."""
         results, waiting = [], []
-        for row in rows:
+        for row, epoch in zip(rows, epochs or [0] * len(rows), strict=True):
             result = RowResult([])
             results.append(result)
             try:
-                conversations = self.conversations(row)
+                conversations = self.conversations(row, epoch)
             except RowError as error:
                 _fail(result, error, self.source.where(row))
             except NothingToLearn as nothing:
                 result.reason = nothing.reason
             else:
-                waiting += [(result, row, conversation) for conversation in conversations]
+                for conversation in conversations:
+                    thinned, removed = apply_reasoning(conversation, self.options.reasoning)
+                    result.reasoning_removed += removed
+                    waiting.append((result, row, thinned))
         for (result, row, conversation), rendered in zip(waiting, self._render([c for *_, c in waiting]), strict=True):
             if isinstance(rendered, RowError):
                 _fail(result, rendered, self.source.where(row))
             elif not rendered.weights[1:].any():
                 result.reason = NOT_TRAINED
+                result.lost_tokens += len(rendered.tokens)
             else:
                 self._add(result, row, conversation, rendered)
         return results
 
-    def conversations(self, row: int) -> list[Conversation]:
-        """The row's conversations; raises RowError or NothingToLearn."""
-        return self.layout.convert(self.source.row(row))
+    def conversations(self, row: int, epoch: int = 0) -> list[Conversation]:
+        """The row's conversations in an epoch; raises RowError or NothingToLearn, as for a row that is held out."""
+        kept = []
+        for conversation, fields in self._worded(row, epoch):
+            if not self._is_held_out(content_hashes(conversation, fields)):
+                kept.append(conversation)
+        if not kept:
+            raise NothingToLearn(HELD_OUT)
+        return kept
+
+    def hashes(self, row: int) -> list[int]:
+        """Content hashes of the row, for other readers to leave out; raises RowError or NothingToLearn."""
+        return [number for worded in self._worded(row, 0) for number in content_hashes(*worded)]
+
+    def _worded(self, row: int, epoch: int) -> list[tuple[Conversation, Mapping[str, Any] | None]]:
+        """The row's conversations, each with the fields that templates worded, if any."""
+        if self.phrasing is None:
+            return [(conversation, None) for conversation in self.layout.convert(self.source.row(row))]
+        if self.phrasing.fills_slots_only:
+            converted = self.layout.convert(self.source.row(row))
+            return [(self.phrasing.fill(conversation, row=row, epoch=epoch), None) for conversation in converted]
+        return [
+            (conversation, fields)
+            for fields in self._fields(row)
+            for conversation in self.phrasing.conversations(fields, row=row, epoch=epoch, exemplars=self._exemplars())
+        ]
+
+    def _fields(self, row: int) -> list[Mapping[str, Any]]:
+        """What is worded of a row: its fields, or without templates each of its single turns."""
+        raw = self.source.row(row)
+        if self.phrasing is not None and self.phrasing.reads_fields:
+            return [self.layout.fields(raw)]
+        return [_single_turn(conversation) for conversation in self.layout.convert(raw)]
+
+    def _exemplars(self) -> Exemplars:
+        return Exemplars(self.exemplar_rows, len(self.source), self._exemplar, self._is_held_out)
+
+    def _exemplar(self, row: int) -> Mapping[str, Any] | None:
+        """The fields of a row that is to be shown to others; None when it cannot be read, teaches nothing or is held
+        out."""
+        try:
+            fields = self._fields(row)[0]
+        except (RowError, NothingToLearn):
+            return None
+        held = self.excluded is not None and self._is_held_out([fields_hash(fields)])
+        return None if held else fields
+
+    def _is_held_out(self, hashes: Sequence[int]) -> bool:
+        if self.excluded is None or not len(self.excluded):
+            return False
+        wanted = np.array(hashes, np.uint64)
+        at = np.minimum(np.searchsorted(self.excluded, wanted), len(self.excluded) - 1)
+        return bool((self.excluded[at] == wanted).any())
 
     def render(self, conversation: Conversation) -> Rendered:
         """One conversation with this source's template; raises RowError."""
@@ -129,8 +217,11 @@ class RowReader:
         if total > longest and self.options.overlong != "split":
             result.reason = OVERLONG
             result.lost_tokens += total - sum(len(piece.tokens) for piece in kept)
+        scale = 1.0
+        if self.options.loss_weighting == "example" and kept:  # the pieces of one example together weigh 1
+            scale /= sum(float(piece.weights[1:].sum(dtype=np.float64)) for piece in kept)
         for piece in kept:
-            result.examples.append(shifted(piece, self.options.loss_weighting))
+            result.examples.append(shifted(piece, scale))
             result.tokens += len(piece.tokens)
             result.trained += int(np.count_nonzero(piece.weights[1:]))
             result.turns += piece.turns
@@ -174,12 +265,28 @@ class RowReader:
         return out
 
 
-def shifted(rendered: Rendered, loss_weighting: str) -> Example:
-    """Inputs, targets and the targets' weights; under `example` weighting these sum to 1."""
-    weights = rendered.weights[1:]
-    if loss_weighting == "example":
-        weights = weights / max(float(weights.sum()), 1e-30)
+def shifted(rendered: Rendered, scale: float = 1.0) -> Example:
+    """Inputs, targets and the targets' weights times `scale`."""
+    weights = rendered.weights[1:] if scale == 1.0 else rendered.weights[1:] * np.float32(scale)
     return Example(rendered.tokens[:-1], rendered.tokens[1:], weights)
+
+
+def _single_turn(conversation: Conversation) -> dict[str, str]:
+    """Question and answer as fields; raises RowError for anything but one of each."""
+    messages = conversation.messages
+    system = messages[0].content if messages[0].role == "system" else ""
+    turns = messages[1:] if messages[0].role == "system" else messages
+    if [m.role for m in turns] != ["user", "assistant"]:
+        raise RowError(
+            "not a single turn",
+            f"found {', '.join(m.role for m in turns)}; a few-shot prompt is made of rows with one question and one "
+            "answer; remove few_shot from this source's styles, or choose rows with a single turn",
+        )
+    return {"system": system, "inputs": turns[0].content, "targets": turns[1].content}
+
+
+def _bytes(array: np.ndarray | None) -> bytes:
+    return b"" if array is None else array.tobytes()
 
 
 def _fail(result: RowResult, error: RowError, where: str) -> None:

@@ -1,0 +1,55 @@
+"""What an example says, as a number: to tell that two are the same under other wordings, columns or white space."""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxtune.data.records import Conversation
+
+_NAMES_OF_ROWS = ("id", "idx", "index", "uid", "guid", "key")  # columns that name a row and say nothing
+
+
+def normal(text: str) -> str:
+    """The text in NFC, without case, every run of white space one space."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def content_hashes(conversation: Conversation, fields: Mapping[str, Any] | None = None) -> list[int]:
+    """64-bit hashes of what the user says and, where the row is worded by templates, of the row's own texts.
+
+    Two examples with a hash in common ask the same. A few-shot prompt counts as its question alone; raw text as
+    itself.
+    """
+    asked = conversation.meta.get("query")
+    if asked is None:
+        asked = "\n".join(m.content for m in conversation.messages if m.role in ("user", "text"))
+    return [_hash(normal(asked))] if fields is None else [_hash(normal(asked)), fields_hash(fields)]
+
+
+def fields_hash(fields: Mapping[str, Any]) -> int:
+    """A hash of a row's texts, whatever their columns are called, and of its numbers; names of rows do not count."""
+    said = {said for key, value in fields.items() if not _names_row(key) for said in _said(key, value)}
+    return _hash("\0".join(sorted(said - {""})))
+
+
+def _names_row(column: str) -> bool:
+    column = column.lower().lstrip("_")
+    return column in _NAMES_OF_ROWS or column.endswith(("_id", "_idx"))
+
+
+def _said(column: str, value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield normal(value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _said(f"{column}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _said(column, inner)
+    elif value is not None:
+        yield f"{column}={value}"
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

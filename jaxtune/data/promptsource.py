@@ -1,0 +1,215 @@
+"""Templates of promptsource: Jinja with `|||` between input and target, one YAML file a data set.
+
+Read as promptsource reads them, with two differences: they run in an immutable sandbox, and the filters `choice` and
+`random` draw from a key of (seed, task, row, epoch), so that data can be made again.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.filters
+import jinja2.meta
+import jinja2.sandbox
+import yaml
+
+from jaxtune.data.keyed import Keyed
+from jaxtune.data.records import RowError
+from jaxtune.data.wordings import PLAIN_FRAME, Fields, Frame, Pair, Wording
+
+SEPARATOR = "|||"
+_PROTECTED = "\ue0f2\ue0f2\ue0f2"  # stands for the separator inside data; private-use, so no data has it
+_KEYED = "_keyed"  # the variable that filters draw from
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with promptsource's two tags, each a mapping."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("!Template", _mapping)
+_Loader.add_constructor("!TemplateMetadata", _mapping)
+
+
+def is_promptsource(text: str) -> bool:
+    """Whether a YAML text has promptsource's tags."""
+    return "!Template" in text
+
+
+def read(text: str, *, file: str, truncate: int | None = None) -> "list[PromptsourceWording]":
+    """The file's templates, sorted by name; `truncate` cuts each printed expression, as P3 was made with 2,048.
+
+    Raises ValueError naming file and template for what is no template.
+    """
+    try:
+        loaded = yaml.load(text, Loader=_Loader)  # a SafeLoader with two more tags
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not readable as YAML: {error}") from error
+    templates = loaded.get("templates") if isinstance(loaded, Mapping) else None
+    if not isinstance(templates, Mapping) or not templates:
+        raise ValueError(f"{file}: expected a map `templates` of promptsource templates; found none")
+    wordings = []
+    for key, entry in templates.items():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("jinja"), str):
+            raise ValueError(f"{file}: template {key}: expected a mapping with `name` and `jinja`")
+        metadata = entry.get("metadata") or {}
+        wordings.append(
+            PromptsourceWording(
+                name=str(entry.get("name") or key),
+                jinja=entry["jinja"],
+                answer_choices=entry.get("answer_choices") or None,
+                choices_in_prompt=bool(metadata.get("choices_in_prompt")),
+                original_task=bool(metadata.get("original_task")),
+                truncate=truncate,
+                file=file,
+            )
+        )
+    return sorted(wordings, key=lambda wording: wording.name)
+
+
+def fitting(wordings: "Sequence[PromptsourceWording]", style: str) -> "list[Wording]":
+    """Those of a style: without options, no choices in the prompt; inverted, not the data set's original task."""
+    if style.startswith("cot"):
+        return []
+    paired = [w for w in wordings if w.is_pair]
+    if style.endswith("no_options"):
+        return [w for w in paired if not w.choices_in_prompt]
+    if style.startswith("inverted"):
+        return [w for w in paired if not w.original_task]
+    return list(paired)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsourceWording:
+    """One template, compiled when it is made or has travelled."""
+
+    name: str
+    jinja: str
+    answer_choices: str | None
+    choices_in_prompt: bool
+    original_task: bool
+    truncate: int | None
+    file: str
+    frame: Frame = PLAIN_FRAME
+    shots: int | None = None
+
+    def __post_init__(self) -> None:
+        environment = _environment(self.truncate)
+        try:
+            body, self_choices = self.jinja, self.answer_choices
+            needs = jinja2.meta.find_undeclared_variables(environment.parse(body))
+            if self_choices is not None:
+                needs = (needs - {"answer_choices"}) | jinja2.meta.find_undeclared_variables(
+                    environment.parse(self_choices)
+                )
+            compiled = environment.from_string(body)
+            choices = None if self_choices is None else environment.from_string(self_choices)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{self.file}: template {self.name!r}, line {error.lineno}: {error.message}") from error
+        # Set past the frozen fields: they follow from them, and are made anew after travelling.
+        object.__setattr__(self, "needs", frozenset(needs - set(environment.globals)))
+        object.__setattr__(self, "_compiled", compiled)
+        object.__setattr__(self, "_choices", choices)
+
+    needs: frozenset[str] = dataclasses.field(init=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {f.name: self.__dict__[f.name] for f in dataclasses.fields(self) if f.init}
+        return functools.partial(PromptsourceWording, **values), ()
+
+    @property
+    def random(self) -> bool:
+        """Whether it draws; a word in the text that only looks so does no harm."""
+        return "choice" in self.jinja.replace("answer_choices", "") or "random" in self.jinja
+
+    @property
+    def key(self) -> str:
+        return f"{self.jinja}\0{self.answer_choices}\0{self.truncate}"
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the template has a separator, so that there is a target to learn."""
+        return SEPARATOR in self.jinja
+
+    def settled(self, keyed: Keyed) -> Wording:
+        return self
+
+    def render(self, fields: Fields, keyed: Keyed) -> Pair | None:
+        """Input and target; None when the template skips this row. Raises RowError for one it cannot word."""
+        if "answer_choices" in fields:
+            raise RowError(
+                "field answer_choices", "the row has a field answer_choices, which templates make themselves"
+            )
+        missing = self.needs - fields.keys()
+        if missing:
+            raise RowError("missing field", f"the row has no {sorted(missing)[0]!r}; it has {', '.join(fields)}")
+        values = {name: _protected(value) for name, value in fields.items()}
+        values[_KEYED] = keyed
+        try:
+            if self.__dict__["_choices"] is not None:
+                shown = self.__dict__["_choices"].render(values)
+                values["answer_choices"] = [_restored(part.strip()) for part in shown.split(SEPARATOR)]
+                values["answer_choices"] = [_protected(choice) for choice in values["answer_choices"]]
+            text = self.__dict__["_compiled"].render(values)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise RowError("refused by the template", f"{type(error).__name__}: {error}") from error
+        parts = [_restored(part.strip()) for part in text.split(SEPARATOR)]
+        return Pair(parts[0], parts[1]) if len(parts) == 2 and parts[0] and parts[1] else None
+
+
+@functools.cache
+def _environment(truncate: int | None) -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        finalize=None if truncate is None else lambda value: _cut(value, truncate)
+    )
+    environment.globals["zip"] = zip
+    environment.filters.update(
+        highlight=lambda text: f"<span style='color: #F08080'>{text}</span>",
+        most_frequent=_most_frequent,
+        choice=_choice,
+        random=_choice,
+    )
+    return environment
+
+
+def _cut(value: Any, length: int) -> Any:
+    """What is printed of a value: at most `length` characters, cut at a word, as Jinja's `truncate` does."""
+    text = value if isinstance(value, str) else str(value)
+    if len(text) <= length + 5:  # the filter's leeway
+        return value
+    return text[: length - 3].rsplit(" ", 1)[0] + "..."
+
+
+@jinja2.pass_context
+def _choice(context: jinja2.runtime.Context, items: Any) -> Any:
+    found = list(items)
+    if not found:
+        raise jinja2.TemplateError("choice and random need at least one item")
+    return context[_KEYED].choice(found)
+
+
+def _most_frequent(items: Sequence[Any]) -> list[Any]:
+    """The items that stand there most often, in the order of their first places."""
+    counts = collections.Counter(items)
+    most = max(counts.values(), default=0)
+    return [item for item, count in counts.items() if count == most]
+
+
+def _protected(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(SEPARATOR, _PROTECTED) if SEPARATOR in value else value
+    if isinstance(value, Mapping):
+        return {key: _protected(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_protected(inner) for inner in value]
+    return value
+
+
+def _restored(text: str) -> str:
+    return text.replace(_PROTECTED, SEPARATOR) if _PROTECTED in text else text
