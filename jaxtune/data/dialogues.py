@@ -74,7 +74,7 @@ def lima(row: Row, options: Any) -> list[Conversation]:
     turns = row["turns"]
     if not isinstance(turns, list):
         raise RowError("wrong type", f"turns is {kind(turns)}; expected a list of texts, user and assistant by turns")
-    said = []
+    said: list[Message] = []
     for n, turn in enumerate(turns, 1):
         if not isinstance(turn, str):
             raise RowError("wrong type", f"turn {n} is {kind(turn)}; expected text")

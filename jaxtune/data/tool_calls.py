@@ -73,15 +73,16 @@ def with_ids(messages: Sequence[Message]) -> list[Message]:
 
     Ids that are there stay; others are `call00000`, `call00001`, ...: nine letters and digits, as Mistral's must be.
     """
-    out, waiting, count = [], [], 0
+    out: list[Message] = []
+    waiting: list[dict[str, Any]] = []
+    count = 0
     for message in messages:
         if message.tool_calls:
-            calls, waiting = [], []
+            waiting = []
             for call in message.tool_calls:
-                calls.append({"id": f"call{count:05d}", **call})
-                waiting.append(calls[-1])
+                waiting.append({"id": f"call{count:05d}", **call})
                 count += 1
-            message = dataclasses.replace(message, tool_calls=tuple(calls))
+            message = dataclasses.replace(message, tool_calls=tuple(waiting))
         elif message.role == "tool" and waiting:
             call = waiting.pop(0)
             known = {"tool_call_id": call["id"], "name": call["function"]["name"]}

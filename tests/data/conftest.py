@@ -9,7 +9,22 @@ import transformers
 from jaxtune.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from jaxtune.data import templates
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"]
+SPECIAL = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "[INST]",
+    "[/INST]",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+]
 CORPUS = ["Hello there, how are you? I am well. The answer is yes: 12 + 30 = 42.\nuser assistant system"] * 50
 
 

@@ -1,0 +1,259 @@
+"""A chat template bound to a tokenizer: conversations rendered once into tokens with one weight each.
+
+Every template, a tokenizer's own or ours, is Jinja text run in an immutable sandbox set up as transformers sets up its
+own, and the token ids are those of `tokenizer.apply_chat_template`. Weights come from characters (`turns.py` knows
+where each message stands in the text), never from token values.
+
+Tools, their calls and results are given as they are to a template that names `tools` and `tool_calls`; for all others
+they are written as text first (`tool_calls.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import numpy as np
+
+from jaxtune.data.jinja_sandbox import chat_environment
+from jaxtune.data.records import Conversation, Message, RowError
+from jaxtune.data.tool_calls import as_text, uses_tools, with_ids
+from jaxtune.data.turns import LEARNT, Turn, TurnFinder, after_marks, probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A conversation as the model sees it.
+
+    `tokens` int32 [n] and `weights` float32 [n], aligned: how much predicting this token counts. `spans` are
+    (start, end, weight) in `text`. `ends` has, for each trained answer, the number of its last token and whether that
+    is the end-of-turn token, trained.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    text: str
+    spans: tuple[tuple[int, int, float], ...]
+    ends: tuple[tuple[int, bool], ...]
+
+    @property
+    def turns(self) -> int:
+        """Trained answers."""
+        return len(self.ends)
+
+    @property
+    def stops(self) -> int:
+        """Trained answers whose end-of-turn token is trained too."""
+        return sum(stops for _, stops in self.ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateChecks:
+    """What the start-up checks found; the fatal ones have raised ValueError instead."""
+
+    end_of_turn: str
+    stops_with_eos: bool
+    adding_turns_keeps_tokens: bool
+    prompt_tokens_are_prefix: bool
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        kept = "unchanged" if self.adding_turns_keeps_tokens else "CHANGED"
+        prefix = "is" if self.prompt_tokens_are_prefix else "is NOT"
+        return (
+            f"answers end with {self.end_of_turn!r} (trained); adding a turn leaves earlier tokens {kept}; "
+            f"the prompt's tokens {prefix} a prefix of the conversation's"
+        )
+
+
+class ChatTemplate:
+    """A template bound to a tokenizer; raises ValueError when it cannot teach a model to stop, or loses answers."""
+
+    def __init__(self, tokenizer: Any, text: str, *, name: str) -> None:
+        self.tokenizer, self.text, self.name = tokenizer, text, name
+        self._compile()
+        self.end_of_turn = self._find_end_of_turn()
+        self._finder = TurnFinder(self.text_of, name=name, end_of_turn=self.end_of_turn)
+        self.end_id = tokenizer.convert_tokens_to_ids(self.end_of_turn)
+        self.checks = self._check()
+
+    def _compile(self) -> None:
+        try:
+            environment = chat_environment()
+            self._jinja = environment.from_string(self.text)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(self.text))
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"template {self.name}, line {error.lineno}: {error.message}") from error
+        self._names = dict(self.tokenizer.special_tokens_map)  # bos_token, eos_token, ...: what templates may name
+        self.knows_tools = "tools" in names and "tool_calls" in self.text
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = sorted(special | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_jinja", "_finder")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compile()
+        self._finder = TurnFinder(self.text_of, name=self.name, end_of_turn=self.end_of_turn)
+
+    @property
+    def template_text(self) -> str:
+        """The Jinja text to store as the exported folder's chat template."""
+        return self.text
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer: the end-of-turn token first, then EOS where it is another."""
+        eos = self.tokenizer.eos_token_id
+        return (self.end_id,) if eos is None or eos == self.end_id else (self.end_id, eos)
+
+    def text_of(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """The rendered text; raises RowError with the template's own words when it refuses the messages."""
+        try:
+            return self._jinja.render(
+                messages=list(messages),
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._names,
+            )
+        except jinja2.TemplateError as error:
+            raise RowError("refused by the template", f"template {self.name}: {error}") from error
+        except TypeError as error:
+            raise RowError("refused by the template", f"template {self.name}: {error} (is a field missing?)") from error
+
+    def prompt_tokens(
+        self, messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Token ids of the messages with the generation prompt after them: what a model answers to."""
+        given = [m for m in messages if isinstance(m, Message)]
+        if given and uses_tools(Conversation(tuple(given), {"tools": tools})):
+            messages, tools = (with_ids(given), tools) if self.knows_tools else (as_text(given, tools), ())
+        plain = [m.as_dict() if isinstance(m, Message) else m for m in messages]
+        text = self.text_of(plain, add_generation_prompt=True, tools=tools)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def render(self, conversation: Conversation, *, train_on: str = "assistant") -> Rendered:
+        """Tokens and weights of one conversation; raises RowError where an answer is not in the text verbatim."""
+        result = self.render_many([conversation], train_on=train_on)[0]
+        if isinstance(result, RowError):
+            raise result
+        return result
+
+    def render_many(
+        self, conversations: Sequence[Conversation], *, train_on: str = "assistant"
+    ) -> list[Rendered | RowError]:
+        """As `render`, many at once (one call of the tokenizer); a conversation's error stands in its place."""
+        results: list[Any] = []
+        for conversation in conversations:
+            try:
+                results.append(self._layout(conversation, train_on))
+            except RowError as error:
+                results.append(error)
+        good = [result for result in results if not isinstance(result, RowError)]
+        encodings = self._encode([text for text, *_ in good])
+        finished = iter([self._weigh(layout, encoding) for layout, encoding in zip(good, encodings, strict=True)])
+        return [result if isinstance(result, RowError) else next(finished) for result in results]
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        # The backend's own batch call is what the tokenizer's __call__ ends in, without building lists of lists.
+        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False) if texts else []
+
+    def _turns(self, conversation: Conversation) -> tuple[str, tuple[Message, ...], list[Turn]]:
+        """(text, the messages as they were rendered, where they are)."""
+        messages = conversation.messages
+        tools = conversation.meta.get("tools", ())
+        if uses_tools(conversation):
+            if self.knows_tools:
+                messages = tuple(with_ids(messages))
+                text = self.text_of([m.as_dict() for m in messages], tools=tools)
+                return text, messages, self._finder.find_with_tools(text, messages, tools)
+            messages = as_text(messages, tools)
+        text = self.text_of([m.as_dict() for m in messages])
+        return text, messages, self._finder.find(text, messages)
+
+    def _layout(self, conversation: Conversation, train_on: str) -> tuple[Any, ...]:
+        """(text, spans with weights, trained answers' spans, whether everything else counts too)."""
+        text, messages, turns = self._turns(conversation)
+        last = max((i for i, m in enumerate(messages) if m.role in LEARNT), default=-1)
+        spans, answers = [], []
+        for i, (message, turn) in enumerate(zip(messages, turns, strict=True)):
+            learnt = message.role in LEARNT
+            weight = message.weight
+            if weight is None:
+                weight = float(train_on == "all" or (learnt and (train_on == "assistant" or i == last)))
+                # An empty answer among others would teach to stop at once.
+                weight = 0.0 if learnt and message.is_blank else weight
+            span = (turn.start, turn.end, weight) if learnt else (turn.content, turn.content_end, weight)
+            spans.append(span)
+            if learnt and weight > 0 and turn.end > turn.start:  # an empty answer has no place
+                answers.append(turn)
+        return text, spans, answers, train_on == "all"
+
+    def _weigh(self, layout: tuple[Any, ...], encoding: Any) -> Rendered:
+        """Gives each token the weight of the span it reaches into."""
+        text, spans, answers, everything = layout
+        ids = np.array(encoding.ids, np.int32)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        start, end = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+        weights = np.zeros(len(ids), np.float32)
+        if everything:  # but not what follows the last answer's end
+            weights[start < max((span[1] for span in spans), default=0)] = 1.0
+        for first, stop, weight in spans:
+            weights[(start < stop) & (end > first)] = weight
+        last = [int(np.searchsorted(start, turn.end)) - 1 for turn in answers]
+        ends = tuple((i, bool(ids[i] == self.end_id and weights[i] > 0)) for i in last)
+        return Rendered(ids, weights, text, tuple(s for s in spans if s[2] > 0 and s[1] > s[0]), ends)
+
+    def _find_end_of_turn(self) -> str:
+        """The first special token after an answer that ends a conversation."""
+        tail = after_marks(self.text_of([probe("user", 0), probe("assistant", 1)]))
+        found = [(tail.find(token), token) for token in self._special if token and token in tail]
+        if not found:
+            raise ValueError(
+                f"template {self.name}: an answer ends with {tail!r}, which holds no special token of this tokenizer, "
+                "so a tuned model would never learn to stop; end assistant turns with the EOS token, or use "
+                "data.template=alpaca or vicuna"
+            )
+        return min(found, key=lambda pair: (pair[0], -len(pair[1])))[1]
+
+    def _check(self) -> TemplateChecks:
+        """Questions to every template at start-up, on a two-turn conversation."""
+        turns = [
+            Message(r, c) for r, c in zip(("user", "assistant") * 2, ("Hi there", "Hello!", "Why?", "So."), strict=True)
+        ]
+        short, long = Conversation(tuple(turns[:2])), Conversation(tuple(turns))
+        try:
+            one, two = self.render(short), self.render(long)
+        except RowError as error:
+            raise ValueError(f"template {self.name} failed its start-up check: {error}") from error
+        if one.stops != 1:
+            raise ValueError(f"template {self.name}: the end-of-turn token {self.end_of_turn!r} would not be trained")
+        for rendered, conversation in ((one, short), (two, long)):
+            plain = [m.as_dict() for m in conversation.messages]
+            theirs = self.tokenizer.apply_chat_template(plain, chat_template=self.text, tokenize=True, return_dict=True)
+            if rendered.tokens.tolist() != list(theirs["input_ids"]):
+                raise ValueError(
+                    f"template {self.name}: our tokens differ from apply_chat_template's; please report it"
+                )
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and one.tokens[:2].tolist() == [bos, bos]:
+            raise ValueError(
+                f"template {self.name}: a conversation begins with two BOS tokens; remove one from the template"
+            )
+        stop = int(np.flatnonzero(one.tokens == self.end_id)[-1]) + 1
+        prompt = self.prompt_tokens(turns[:1])
+        return TemplateChecks(
+            end_of_turn=self.end_of_turn,
+            stops_with_eos=self.end_id == self.tokenizer.eos_token_id,
+            adding_turns_keeps_tokens=one.tokens[:stop].tolist() == two.tokens[:stop].tolist(),
+            prompt_tokens_are_prefix=one.tokens[: len(prompt)].tolist() == prompt,
+        )
