@@ -81,7 +81,7 @@ class TableWording:
             return self
         text = "".join(_escaped(literal) + ("" if field is None else f"{{{field}}}") for literal, field in self.input)
         text = re.sub(r"(?m)^[^{}\n]*\{options_\}[ \t]*(\n|\Z)", "", text)  # a line with no other field
-        text = re.sub(r"[ \t]*\{options_\}", "", text)
+        text = re.sub(r"[ \t]*(\(\{options_\}\)|\[\{options_\}\]|\{options_\})", "", text)
         return dataclasses.replace(self, input=segments(text.rstrip("\n")), options="none")
 
     def _options(self, fields: Fields) -> tuple[Sequence[str], Sequence[str]]:
