@@ -91,7 +91,7 @@ def _read(file: str, shown_as: str, truncate: int | None, stamp: str) -> _Wordin
             raise ValueError(f"{shown_as}: not readable as YAML: {error}") from error
         rows = rows.get("templates") if isinstance(rows, Mapping) else rows
     elif plain.endswith((".jsonl", ".ndjson")):
-        rows = [_json(line, f"{shown_as}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_json(line, f"{shown_as}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     elif plain.endswith(".json"):
         rows = _json(text, shown_as)
     else:
