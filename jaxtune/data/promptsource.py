@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import jinja2.filters
 import jinja2.meta
+import jinja2.nodes
 import jinja2.sandbox
 import yaml
 
@@ -22,6 +23,7 @@ from jaxtune.data.wordings import PLAIN_FRAME, Fields, Frame, Pair, Wording
 
 SEPARATOR = "|||"
 _PROTECTED = "\ue0f2\ue0f2\ue0f2"  # stands for the separator inside data; private-use, so no data has it
+_DRAWING = {"choice", "random"}
 _KEYED = "_keyed"  # the variable that filters draw from
 
 
@@ -102,31 +104,25 @@ class PromptsourceWording:
     def __post_init__(self) -> None:
         environment = _environment(self.truncate)
         try:
-            body, self_choices = self.jinja, self.answer_choices
-            needs = jinja2.meta.find_undeclared_variables(environment.parse(body))
-            if self_choices is not None:
-                needs = (needs - {"answer_choices"}) | jinja2.meta.find_undeclared_variables(
-                    environment.parse(self_choices)
-                )
-            compiled = environment.from_string(body)
-            choices = None if self_choices is None else environment.from_string(self_choices)
+            texts = [self.jinja] if self.answer_choices is None else [self.jinja, self.answer_choices]
+            trees = [environment.parse(text) for text in texts]
+            compiled = [environment.from_string(text) for text in texts]
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{self.file}: template {self.name!r}, line {error.lineno}: {error.message}") from error
+        needs = set().union(*(jinja2.meta.find_undeclared_variables(tree) for tree in trees))
+        given = {"answer_choices"} if self.answer_choices is not None else set()
         # Set past the frozen fields: they follow from them, and are made anew after travelling.
-        object.__setattr__(self, "needs", frozenset(needs - set(environment.globals)))
+        object.__setattr__(self, "needs", frozenset(needs - set(environment.globals) - given))
+        object.__setattr__(self, "random", any(map(_draws, trees)))
         object.__setattr__(self, "_compiled", compiled)
-        object.__setattr__(self, "_choices", choices)
 
     needs: frozenset[str] = dataclasses.field(init=False, compare=False)
+    random: bool = dataclasses.field(init=False, compare=False)
+    _compiled: list[jinja2.Template] = dataclasses.field(init=False, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {f.name: self.__dict__[f.name] for f in dataclasses.fields(self) if f.init}
         return functools.partial(PromptsourceWording, **values), ()
-
-    @property
-    def random(self) -> bool:
-        """Whether it draws; a word in the text that only looks so does no harm."""
-        return "choice" in self.jinja.replace("answer_choices", "") or "random" in self.jinja
 
     @property
     def key(self) -> str:
@@ -152,15 +148,21 @@ class PromptsourceWording:
         values = {name: _protected(value) for name, value in fields.items()}
         values[_KEYED] = keyed
         try:
-            if self.__dict__["_choices"] is not None:
-                shown = self.__dict__["_choices"].render(values)
-                values["answer_choices"] = [_restored(part.strip()) for part in shown.split(SEPARATOR)]
-                values["answer_choices"] = [_protected(choice) for choice in values["answer_choices"]]
-            text = self.__dict__["_compiled"].render(values)
+            if self.answer_choices is not None:
+                choices = self._compiled[1].render(values).split(SEPARATOR)
+                values["answer_choices"] = [choice.strip() for choice in choices]
+            text = self._compiled[0].render(values)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise RowError("refused by the template", f"{type(error).__name__}: {error}") from error
         parts = [_restored(part.strip()) for part in text.split(SEPARATOR)]
         return Pair(parts[0], parts[1]) if len(parts) == 2 and parts[0] and parts[1] else None
+
+
+def _draws(tree: jinja2.nodes.Template) -> bool:
+    """Whether a template uses a filter that draws, also as `map("choice")`."""
+    named = {found.name for found in tree.find_all(jinja2.nodes.Filter)}
+    mapped = {found.value for found in tree.find_all(jinja2.nodes.Const)} if "map" in named else set()
+    return bool((named | mapped) & _DRAWING)
 
 
 @functools.cache
