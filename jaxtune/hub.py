@@ -17,7 +17,15 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 BUILTIN = "builtin:"
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_ARROW_SUFFIXES = (".parquet", ".arrow", ".feather")
+DATA_SUFFIXES = (
+    *_TEXT_SUFFIXES,
+    *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES),
+    *_ARROW_SUFFIXES,
+    ".array_record",
+    ".arrayrecord",
+)
 # Only what a model folder needs and what is safe to read: no pickled weights, no code.
 MODEL_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -1,36 +1,29 @@
 """Rows by index, wherever they are stored.
 
-A source answers `len`, `row(i)` and `where(i)`; nothing above it knows a file format. JSON lines are indexed once by a
-newline search; compressed, remote, JSON-array and Parquet files are first spooled into the cache in a form with
-random access. Sources travel to worker processes: they hold paths and arrays, and open files when asked.
+A source answers `len`, `row(i)` and `where(i)`; nothing above it knows a file format. JSON and tab-separated lines are
+indexed once by a newline search; compressed, remote, array, CSV, Arrow and Parquet files are first spooled into the
+cache in a form with random access.
 """
 
 import bisect
-import gzip
+import functools
 import hashlib
-import io
 import json
 import os
-import shutil
-import tempfile
-import urllib.parse
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import datasets
-import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from huggingface_hub import errors as hub_errors
 
 from jaxtune import hub
 from jaxtune.config import SourceConfig
-from jaxtune.data.records import RowError
+from jaxtune.data import readers, spooling
+from jaxtune.data.line_index import BOM
+from jaxtune.data.spool import digest_of, remote_stamp, spooled, stamp_of
 
 MissingSource = hub.MissingSource
-_CHUNK = 1 << 24
-_BOM = b"\xef\xbb\xbf"
 
 
 class Source(Protocol):
@@ -51,7 +44,12 @@ class Source(Protocol):
 
 
 def open_source(config: SourceConfig, *, cache_dir: str | None = None) -> Source:
-    """Opens what `config.path` names: files, a folder, a glob, a URL, a saved dataset or a hub dataset."""
+    """Opens what `config.path` names: files, a folder, a glob, a URL, a saved dataset or a hub dataset.
+
+    Raises MissingSource, a ValueError, for a path that matches nothing or a hub id that does not exist.
+    """
+    if config.path is None:
+        raise ValueError(f"source {config.id!r} has no path of its own; a group is opened member by member")
     cache = cache_dir or hub.cache_dir()
     path = os.path.expanduser(config.path)
     if os.path.isdir(path) and any(os.path.exists(os.path.join(path, f)) for f in ("state.json", "dataset_dict.json")):
@@ -59,8 +57,8 @@ def open_source(config: SourceConfig, *, cache_dir: str | None = None) -> Source
     local = config.path.startswith(hub.BUILTIN) or hub.is_url(path) or os.path.exists(path)
     if not local and hub.is_hub_id(config.path):
         return HubDataset(*_load_hub_dataset(config), path=config.path)
-    for key in ("name", "split", "revision"):
-        if config.model_dump()[key] is not None:
+    for key, value in (("name", config.name), ("split", config.split), ("revision", config.revision)):
+        if value is not None:
             raise ValueError(f"{config.path}: found {key}, but plain files have none; it is for datasets of the hub")
     parts = [_open_file(file, cache) for file in hub.resolve_files(config.path)]
     return parts[0] if len(parts) == 1 else Concatenated(parts)
@@ -72,7 +70,7 @@ class Concatenated:
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts]).tolist()
-        self.fingerprint = _digest(*(part.fingerprint for part in parts))
+        self.fingerprint = digest_of(*(part.fingerprint for part in parts))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -94,114 +92,13 @@ class Concatenated:
         return part.raw(j)
 
 
-class JsonLines:
-    """One JSON object a line; blank lines and a byte-order mark are passed over."""
-
-    def __init__(
-        self, path: str, *, cache_dir: str, shown_as: str | None = None, lines: np.ndarray | None = None
-    ) -> None:
-        self.path = path
-        self.shown_as = shown_as or path
-        index = _cached_index(path, cache_dir)
-        self.starts, self.lengths = index["starts"], index["lengths"]
-        self.lines = lines if lines is not None else index["lines"]  # 1-based line of each row; empty: i + 1
-        self.fingerprint = str(index["digest"])
-        self._file: io.FileIO | None = None
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
-
-    def _bytes(self, i: int) -> bytes:
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (kept open, row after row)
-        return os.pread(self._file.fileno(), int(self.lengths[i]), int(self.starts[i]))
-
-    def raw(self, i: int) -> str:
-        return self._bytes(i).decode("utf-8", "replace").rstrip("\r")
-
-    def row(self, i: int) -> dict[str, Any]:
-        raw = self._bytes(i)
-        try:
-            value = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise RowError(
-                "not UTF-8", f"byte {error.start + 1} of the line is {raw[error.start]:#04x}; expected UTF-8 text"
-            ) from error
-        except json.JSONDecodeError as error:
-            near = raw.decode("utf-8", "replace")[max(0, error.pos - 15) : error.pos + 15]
-            raise RowError(
-                "invalid JSON",
-                f"column {error.colno}: {error.msg}, near {near!r}; expected one complete JSON object a line",
-            ) from error
-        if b"\\u" in raw:
-            _check_escapes(value)
-        if not isinstance(value, dict):
-            raise RowError(
-                "not an object", f"found a JSON {type(value).__name__}; expected an object {{...}} with named columns"
-            )
-        return value
-
-    def where(self, i: int) -> str:
-        return f"{self.shown_as}:{int(self.lines[i]) if len(self.lines) else i + 1}"
-
-
-def _check_escapes(value: Any) -> None:
-    """Raises RowError for half of a surrogate pair, which JSON can write and no text can hold."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
-        near = error.object[max(0, error.start - 15) : error.start].encode("utf-8", "replace").decode()
-        raise RowError(
-            "not Unicode", f"found {half}, half of a surrogate pair, after {near!r}; expected both halves, or neither"
-        ) from error
-
-
-class ArrowRows:
-    """Rows of a Parquet file, spooled once to a memory-mapped Arrow file, since Parquet has no row access."""
-
-    def __init__(self, path: str, *, cache_dir: str, shown_as: str | None = None) -> None:
-        self.shown_as = shown_as or path
-        self.fingerprint = _file_digest(path)
-        self.path = _spooled(f"parquet:{path}", _stamp(path), ".arrow", cache_dir, lambda out: _to_arrow(path, out))
-        self._batches: list[pa.RecordBatch] | None = None
-        self._open()
-
-    def _open(self) -> list[pa.RecordBatch]:
-        if self._batches is None:
-            reader = pa.ipc.open_file(pa.memory_map(self.path))
-            self._batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
-            self.ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64).tolist()
-        return self._batches
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_batches": None}
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def row(self, i: int) -> dict[str, Any]:
-        batches = self._open()
-        k = bisect.bisect_right(self.ends, i)
-        return batches[k].slice(i - (self.ends[k - 1] if k else 0), 1).to_pylist()[0]
-
-    def where(self, i: int) -> str:
-        return f"{self.shown_as}:row {i + 1}"
-
-    def raw(self, i: int) -> str:
-        return json.dumps(self.row(i), ensure_ascii=False, default=str)
-
-
 class HubDataset:
     """Rows of a `datasets.Dataset`, saved on disk or from the hub."""
 
     def __init__(self, dataset: Any, split: str | None, *, path: str) -> None:
         self.dataset = dataset
         self.name = path if split is None else f"{path}[{split}]"
-        self.fingerprint = _digest(self.name, str(len(dataset)), str(dataset.features), _rows_digest(dataset))
+        self.fingerprint = digest_of(self.name, str(len(dataset)), str(dataset.features), _rows_digest(dataset))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -226,12 +123,15 @@ def _rows_digest(dataset: Any) -> str:
 
 
 def _load_hub_dataset(config: SourceConfig) -> tuple[Any, str | None]:
+    assert config.path is not None
     try:
         return _choose_split(datasets.load_dataset(config.path, config.name, revision=config.revision), config)
     except ValueError:
         raise  # a wrong name or split: the library lists the right ones
     except Exception as error:
-        raise MissingSource(hub.hub_problem(config.path, error, kind="dataset", revision=config.revision)) from error
+        told = hub.hub_problem(config.path, error, kind="dataset", revision=config.revision)
+        refused = isinstance(error, hub_errors.GatedRepoError | hub_errors.RevisionNotFoundError)
+        raise (ValueError if refused else MissingSource)(told) from error
 
 
 def _choose_split(loaded: Any, config: SourceConfig) -> tuple[Any, str | None]:
@@ -252,143 +152,77 @@ def _choose_split(loaded: Any, config: SourceConfig) -> tuple[Any, str | None]:
 
 def _open_file(file: str, cache: str) -> Source:
     """Opens one file by what its name and first bytes say."""
-    local = file
-    if hub.is_url(file):
-        local = _spooled(file, _remote_stamp(file), _suffix(file), cache, lambda out: _fetch(file, out))
-    if file.endswith(".parquet"):
-        return ArrowRows(local, cache_dir=cache, shown_as=file)
     if not file.endswith(hub.DATA_SUFFIXES):
         expected = ", ".join(hub.DATA_SUFFIXES)
         raise ValueError(f"{file}: found a file of unknown kind; expected a name ending {expected}")
+    local = file
+    if hub.is_url(file):
+        local = spooled(file, remote_stamp(file), _suffix(file), cache, lambda out: spooling.fetch(file, out))
     if file.endswith(".gz"):
         packed = local
-        local = _spooled(f"gz:{file}", _stamp(packed), _suffix(file[:-3]), cache, lambda out: _gunzip(packed, out))
-    if file.removesuffix(".gz").endswith(".json") and _first_character(local) == b"[":
-        array = local
-        local = _spooled(f"array:{local}", _stamp(array), ".jsonl", cache, lambda out: _explode(array, out, file))
-        return JsonLines(local, cache_dir=cache, shown_as=file, lines=np.load(local + ".lines.npy"))
-    return JsonLines(local, cache_dir=cache, shown_as=file)
+        local = spooled("gz", stamp_of(packed), _suffix(file[:-3]), cache, lambda out: spooling.gunzip(packed, out))
+    return _OPENERS[_suffix(file.removesuffix(".gz"))](local, file, cache)
 
 
-def _cached_index(path: str, cache: str) -> dict[str, np.ndarray]:
-    """Offsets of a JSON-lines file's rows, from the cache when the file is the one indexed before."""
-    out = _spooled(f"index2:{os.path.abspath(path)}", _stamp(path), ".npz", cache, lambda out: _write_index(path, out))
-    with np.load(out) as saved:
-        return {key: saved[key] for key in saved.files}
+def _open_lines(local: str, file: str, cache: str) -> Source:
+    return readers.JsonLines(local, cache_dir=cache, shown_as=file)
 
 
-def _write_index(path: str, out: str) -> None:
-    """Finds every line in one pass: newline positions by numpy, a hash of the bytes on the way."""
-    digest = hashlib.blake2b(digest_size=16)
-    found, firsts, offset, last, previous = [], [], 0, b"\n", b"\n"
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            data = np.frombuffer(chunk, np.uint8)
-            newlines = np.flatnonzero(data == 10)
-            found.append(newlines + offset)
-            # The byte after each newline tells a blank line; at a chunk's edge it is the next chunk's first byte.
-            if previous == b"\n":
-                firsts.append(data[:1])
-            inside = newlines[:-1] if len(newlines) and newlines[-1] == len(data) - 1 else newlines
-            firsts.append(data[inside + 1])
-            offset += len(chunk)
-            previous = last = chunk[-1:]
-    ends = np.concatenate([np.zeros(0, np.int64), *found])
-    first = np.concatenate([np.zeros(0, np.uint8), *firsts])
-    if offset and last != b"\n":
-        ends = np.append(ends, offset)
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)[: len(ends)]
-    with open(path, "rb") as file:
-        if file.read(3) == _BOM and len(starts):
-            starts[0] = 3
-        keep = np.ones(len(starts), bool)
-        for i in np.flatnonzero((first <= 32) | (starts == ends) | (starts == 3)):
-            file.seek(int(starts[i]))
-            keep[i] = bool(file.read(int(ends[i] - starts[i])).strip())
-    lines = np.zeros(0, np.int64) if keep.all() else np.flatnonzero(keep) + 1
-    lengths = (ends - starts)[keep]
-    with open(out, "wb") as saved:
-        np.savez(saved, starts=starts[keep], lengths=lengths, lines=lines, digest=np.array(digest.hexdigest()))
+def _open_json(local: str, file: str, cache: str) -> Source:
+    """JSON lines, an array, or a NaturalInstructions task."""
+    stamp = stamp_of(local)
+    if _first_character(local) == b"[":
+        rows = spooled(f"array:{file}", stamp, ".jsonl", cache, lambda out: spooling.explode_array(local, out, file))
+        return readers.JsonLines(rows, cache_dir=cache, shown_as=file, numbers=rows + spooling.NUMBERS)
+    if spooling.may_be_task(local):
+        # The task is named by its file, which a copy may change.
+        write = functools.partial(spooling.explode_task, local, shown_as=file)
+        try:
+            rows = spooled(f"task:{file}", stamp, ".jsonl", cache, write)
+        except spooling.NotATask:
+            return _open_lines(local, file, cache)
+        return readers.TaskInstances(rows, cache_dir=cache, shown_as=file, task=rows + spooling.TASK)
+    return _open_lines(local, file, cache)
 
 
-def _explode(path: str, out: str, shown_as: str) -> None:
-    """Writes a JSON array as JSON lines, and beside it the line of the array's file that each item began on."""
-    with open(path, "rb") as file:
-        data = file.read().removeprefix(_BOM)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = error.start - data.rfind(b"\n", 0, error.start)
-        raise ValueError(
-            f"{shown_as}:{line}: byte {byte} of the line is {data[error.start]:#04x}; expected UTF-8 text"
-        ) from error
-    decoder, lines, line, seen = json.JSONDecoder(), [], 1, 0
-    position = text.index("[") + 1
-    with open(out, "w", encoding="utf-8") as target:
-        while True:
-            while position < len(text) and text[position] in " \t\r\n":
-                position += 1
-            line, seen = line + text.count("\n", seen, position), position
-            if text[position : position + 1] == "]":
-                break
-            try:
-                item, end = decoder.raw_decode(text, position)
-                while end < len(text) and text[end] in " \t\r\n":
-                    end += 1
-                if text[end : end + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("expected ',' or ']' after an item", text, end)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{shown_as}:{error.lineno}: column {error.colno}: {error.msg}; expected a JSON array of objects"
-                ) from error
-            target.write(json.dumps(item, ensure_ascii=True) + "\n")
-            lines.append(line)
-            position = end + 1 if text[end] == "," else end
-    np.save(out + ".lines.npy", np.array(lines, np.int64))
+def _open_csv(local: str, file: str, cache: str) -> Source:
+    rows = spooled("csv", stamp_of(local), ".jsonl", cache, lambda out: spooling.csv_to_lines(local, out, file))
+    return readers.JsonLines(rows, cache_dir=cache, shown_as=file, numbers=rows + spooling.NUMBERS)
 
 
-def _to_arrow(path: str, out: str) -> None:
-    try:
-        parquet = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
-    with pa.OSFile(out, "wb") as sink, pa.ipc.new_file(sink, parquet.schema_arrow) as writer:
-        for batch in parquet.iter_batches(batch_size=4096):
-            writer.write_batch(batch)
+def _open_tabbed(local: str, file: str, cache: str) -> Source:
+    return readers.Tabbed(local, cache_dir=cache, shown_as=file)
 
 
-def _gunzip(path: str, out: str) -> None:
-    try:
-        with gzip.open(path, "rb") as packed, open(out, "wb") as target:
-            shutil.copyfileobj(packed, target, _CHUNK)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a complete gzip file ({error}); fetch or compress it again") from error
+def _open_arrow(local: str, file: str, cache: str) -> Source:
+    rows = spooled("arrow", stamp_of(local), ".arrow", cache, lambda out: spooling.to_arrow(local, out, file))
+    return readers.ArrowRows(rows, shown_as=file, fingerprint=_known_digest(local, cache))
 
 
-def _fetch(url: str, out: str) -> None:
-    with hub.open_file(url) as remote, open(out, "wb") as target:
-        shutil.copyfileobj(remote, target, _CHUNK)
+def _open_array_record(local: str, file: str, cache: str) -> Source:
+    return readers.ArrayRecords(local, shown_as=file, fingerprint=_known_digest(local, cache))
 
 
-def _spooled(name: str, stamp: str, suffix: str, cache: str, write: Callable[[str], None]) -> str:
-    """The cache's file for (name, stamp), written by `write(path)` when it is not there yet.
+_OPENERS: dict[str, Callable[[str, str, str], Source]] = {
+    ".jsonl": _open_lines,
+    ".ndjson": _open_lines,
+    ".json": _open_json,
+    ".csv": _open_csv,
+    ".tsv": _open_tabbed,
+    ".parquet": _open_arrow,
+    ".arrow": _open_arrow,
+    ".feather": _open_arrow,
+    ".array_record": _open_array_record,
+    ".arrayrecord": _open_array_record,
+}
 
-    It is written aside and renamed, so that neither a crash nor a second process leaves half a file. What `write`
-    puts beside its file (same name, longer) moves with it, first.
-    """
-    folder = os.path.join(cache, "sources")
-    path = os.path.join(folder, _digest(name, stamp) + suffix)
-    if os.path.exists(path):
-        return path
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        base = os.path.basename(path)
-        write(os.path.join(aside, base))
-        for file in sorted(os.listdir(aside), key=len, reverse=True):
-            os.replace(os.path.join(aside, file), os.path.join(folder, file))
-    return path
+
+def _known_digest(path: str, cache: str) -> str:
+    with open(
+        spooled("digest", stamp_of(path), ".digest", cache, lambda out: spooling.write_digest(path, out)),
+        encoding="utf-8",
+    ) as file:
+        return file.read()
 
 
 def _suffix(file: str) -> str:
@@ -397,25 +231,4 @@ def _suffix(file: str) -> str:
 
 def _first_character(path: str) -> bytes:
     with open(path, "rb") as file:
-        return file.read(4096).removeprefix(_BOM).lstrip()[:1]
-
-
-def _stamp(path: str) -> str:
-    status = os.stat(path)
-    return f"{os.path.abspath(path)}:{status.st_size}:{status.st_mtime_ns}"
-
-
-def _remote_stamp(url: str) -> str:
-    filesystem, inner = fsspec.core.url_to_fs(url)
-    info = filesystem.info(inner)
-    known = {key: str(info[key]) for key in ("size", "etag", "ETag", "mtime", "updated", "LastModified") if key in info}
-    return urllib.parse.urlencode(sorted(known.items()))
-
-
-def _file_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+        return file.read(4096).removeprefix(BOM).lstrip()[:1]

@@ -11,7 +11,7 @@ import pytest
 
 from jaxtune import hub
 from jaxtune.config import SourceConfig
-from jaxtune.data import sources
+from jaxtune.data import line_index, sources
 from jaxtune.data.records import RowError
 
 ROWS = [{"text": f"row {i} 漢字\u2028 {{}}", "n": i, "deep": {"a": [i, None]}} for i in range(50)]
@@ -71,7 +71,7 @@ def test_blank_lines_bom_and_crlf(tmp_path):
 
 def test_lines_across_the_search_chunks(tmp_path, monkeypatch):
     for size in (1, 7, 64, 4096):
-        monkeypatch.setattr(sources, "_CHUNK", size)
+        monkeypatch.setattr(line_index, "CHUNK", size)
         path = tmp_path / f"{size}.jsonl"
         path.write_bytes(as_lines(ROWS) + b"\n\n" + as_lines(ROWS[:2]))
         source = open_path(path)
@@ -157,9 +157,9 @@ def test_paths_that_are_not_there(tmp_path):
         open_path(tmp_path / "train.jsonl", split="test")
     with pytest.raises(ValueError, match=r"dataset could not be had from the hub"):
         open_path("nobody/nothing-here")
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"a\.csv: found a file of unknown kind"):
-        open_path(tmp_path / "a.csv")
+    (tmp_path / "a.xml").write_text("x")
+    with pytest.raises(ValueError, match=r"a\.xml: found a file of unknown kind"):
+        open_path(tmp_path / "a.xml")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_lines(ROWS))[:-20])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz: not a complete gzip file"):
         open_path(tmp_path / "a.jsonl.gz")

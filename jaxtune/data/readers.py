@@ -1,0 +1,234 @@
+"""Rows by index out of one file of each kind.
+
+Readers hold paths and a few numbers, and read through the pool of open files (`spool.py`), so that thousands of them
+take no memory and no file descriptors; they travel to worker processes as they are.
+"""
+
+import bisect
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jaxtune.data.line_index import ArrayFile, LineIndex
+from jaxtune.data.records import RowError
+from jaxtune.data.spool import OPENED, stamp_of
+
+COT_COLUMNS = ("question", "answer", "chain_of_thought")
+
+
+class JsonLines:
+    """One JSON object a line; blank lines and a byte-order mark are passed over.
+
+    `numbers` is the file with the line that each row began on in the file it is shown as.
+    """
+
+    def __init__(self, path: str, *, cache_dir: str, shown_as: str | None = None, numbers: str | None = None) -> None:
+        self.path = path
+        self.shown_as = shown_as or path
+        self.index = LineIndex(path, cache_dir=cache_dir)
+        self.fingerprint = self.index.fingerprint
+        self._numbers = None if numbers is None else ArrayFile(numbers, len(self.index))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def raw(self, i: int) -> str:
+        return self.index.line(i).decode("utf-8", "replace").rstrip("\r")
+
+    def row(self, i: int) -> dict[str, Any]:
+        raw = self.index.line(i)
+        text = decoded(raw)
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            near = raw.decode("utf-8", "replace")[max(0, error.pos - 15) : error.pos + 15]
+            raise RowError(
+                "invalid JSON",
+                f"column {error.colno}: {error.msg}, near {near!r}; expected one complete JSON object a line",
+            ) from error
+        if b"\\u" in raw:
+            _check_escapes(value)
+        if not isinstance(value, dict):
+            raise RowError(
+                "not an object", f"found a JSON {type(value).__name__}; expected an object {{...}} with named columns"
+            )
+        return value
+
+    def where(self, i: int) -> str:
+        number = self.index.number(i) if self._numbers is None else int.from_bytes(self._numbers.read(i, 8), "little")
+        return f"{self.shown_as}:{number}"
+
+
+def decoded(raw: bytes) -> str:
+    """The bytes as UTF-8 text; raises RowError naming the byte that is not."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(
+            "not UTF-8", f"byte {error.start + 1} of the line is {raw[error.start]:#04x}; expected UTF-8 text"
+        ) from error
+
+
+def _check_escapes(value: Any) -> None:
+    """Raises RowError for half of a surrogate pair, which JSON can write and no text can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        near = error.object[max(0, error.start - 15) : error.start].encode("utf-8", "replace").decode()
+        raise RowError(
+            "not Unicode", f"found {half}, half of a surrogate pair, after {near!r}; expected both halves, or neither"
+        ) from error
+
+
+class TaskInstances(JsonLines):
+    """The instances of a NaturalInstructions task, a line each, with what the whole task says added to every row."""
+
+    def __init__(self, path: str, *, cache_dir: str, shown_as: str, task: str) -> None:
+        super().__init__(path, cache_dir=cache_dir, shown_as=shown_as)
+        self._task = task
+
+    def _shared(self) -> Mapping[str, Any]:
+        def read() -> Any:
+            with open(self._task, encoding="utf-8") as file:
+                return json.load(file)
+
+        return OPENED.get((self._task, self.index.stamp), read)
+
+    def row(self, i: int) -> dict[str, Any]:
+        return {**self._shared(), **super().row(i)}
+
+    def where(self, i: int) -> str:
+        return f"{self.shown_as}:instance {i + 1}"
+
+
+class Tabbed:
+    """Tab-separated lines, without quoting: as they stand under the first line's names, or FLAN's without a header.
+
+    The first line is a header when every cell is a name of its own (letters, digits, _). Without one a file of three
+    columns is FLAN's chain of thought, where the two characters \\n stand for a line break.
+    """
+
+    def __init__(self, path: str, *, cache_dir: str, shown_as: str) -> None:
+        self.shown_as = shown_as
+        self.index = LineIndex(path, cache_dir=cache_dir)
+        self.fingerprint = self.index.fingerprint
+        first = decoded(self.index.line(0)).rstrip("\r").split("\t") if len(self.index) else []
+        self.has_header = len(set(first)) == len(first) > 1 and all(re.fullmatch(r"[A-Za-z_]\w*", c) for c in first)
+        if not self.has_header and len(first) not in (0, len(COT_COLUMNS)):
+            raise ValueError(
+                f"{shown_as}: found {len(first)} columns and no header; expected a first line of column names, or "
+                f"three columns ({', '.join(COT_COLUMNS)})"
+            )
+        self.columns = tuple(first) if self.has_header else COT_COLUMNS
+
+    def __len__(self) -> int:
+        return len(self.index) - self.has_header
+
+    def raw(self, i: int) -> str:
+        return self.index.line(i + self.has_header).decode("utf-8", "replace").rstrip("\r")
+
+    def row(self, i: int) -> dict[str, Any]:
+        cells = decoded(self.index.line(i + self.has_header)).rstrip("\r").split("\t")
+        if len(cells) != len(self.columns):
+            raise RowError(
+                "wrong number of columns",
+                f"found {len(cells)} columns; expected {len(self.columns)}: {', '.join(self.columns)}",
+            )
+        if not self.has_header:
+            cells = [cell.replace("\\n", "\n") for cell in cells]
+        return dict(zip(self.columns, cells, strict=True))
+
+    def where(self, i: int) -> str:
+        return f"{self.shown_as}:{self.index.number(i + self.has_header)}"
+
+
+class ArrowRows:
+    """Rows of an Arrow file in the cache, memory-mapped while it is in use."""
+
+    def __init__(self, path: str, *, shown_as: str, fingerprint: str) -> None:
+        self.shown_as, self.path, self.fingerprint = shown_as, path, fingerprint
+        self._stamp = stamp_of(path)
+        self._rows = self._opened()[1][-1]
+
+    def _opened(self) -> tuple[list[pa.RecordBatch], list[int]]:
+        """Batches, and the number of rows up to the end of each."""
+
+        def read() -> Any:
+            reader = pa.ipc.open_file(pa.memory_map(self.path))
+            batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
+            return batches, np.cumsum([0, *(batch.num_rows for batch in batches)], dtype=np.int64).tolist()
+
+        return OPENED.get((self.path, self._stamp), read)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def row(self, i: int) -> dict[str, Any]:
+        batches, ends = self._opened()
+        if not 0 <= i < self._rows:
+            raise IndexError(i)
+        k = bisect.bisect_right(ends, i) - 1
+        return batches[k].slice(i - ends[k], 1).to_pylist()[0]
+
+    def where(self, i: int) -> str:
+        return f"{self.shown_as}:row {i + 1}"
+
+    def raw(self, i: int) -> str:
+        return json.dumps(self.row(i), ensure_ascii=False, default=str)
+
+
+class ArrayRecords:
+    """Records of an ArrayRecord file, each a JSON object."""
+
+    def __init__(self, path: str, *, shown_as: str, fingerprint: str) -> None:
+        self.shown_as, self.path, self.fingerprint = shown_as, path, fingerprint
+        self._stamp = stamp_of(path)
+        self._rows = self._opened().num_records()
+
+    def _opened(self) -> Any:
+        return OPENED.get((self.path, self._stamp), lambda: open_array_record(self.path, self.shown_as))
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def raw(self, i: int) -> str:
+        return self._bytes(i).decode("utf-8", "replace")
+
+    def _bytes(self, i: int) -> bytes:
+        return self._opened().read([i])[0]
+
+    def row(self, i: int) -> dict[str, Any]:
+        raw = self._bytes(i)
+        try:
+            value = json.loads(raw)
+        except ValueError as error:
+            raise RowError(
+                "invalid JSON",
+                f"the record begins {raw[:20]!r}; expected the bytes of a JSON object; write the columns as JSON "
+                "(serialized tf.Example protos are not read)",
+            ) from error
+        if not isinstance(value, dict):
+            raise RowError(
+                "not an object", f"found a JSON {type(value).__name__}; expected an object {{...}} with named columns"
+            )
+        return value
+
+    def where(self, i: int) -> str:
+        return f"{self.shown_as}:record {i + 1}"
+
+
+def open_array_record(path: str, shown_as: str) -> Any:
+    """The array_record package's reader of a file; raises ValueError where the package or a whole file is missing."""
+    try:
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise ValueError(f"{shown_as}: {error}; ArrayRecord files need the package array_record") from error
+    try:
+        return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
+    except Exception as error:
+        raise ValueError(f"{shown_as}: not a readable ArrayRecord file ({error})") from error
