@@ -76,9 +76,10 @@ class MixingConfig(Section):
 
 
 class TableConfig(Section):
-    """A table of tasks: one source for each of its rows, by the pattern of `path` and `id`."""
+    """A table of tasks: one source for each of its rows, whose {columns} fill the pattern of the source's `path`."""
 
-    path: str = Field(description="JSON lines or CSV, or builtin:flan2022/task_sizes.jsonl")
+    path: str = Field(description="JSON lines or CSV, e.g. builtin:flan2022/task_sizes.csv")
+    id: str = Field(description="name of each source, e.g. {task}")
     where: dict[str, Any] = Field(default_factory=dict, description="only rows with these values: {source: T0}")
     examples: str | None = Field(None, description="column with the number of examples")
 
@@ -321,10 +322,10 @@ class Config(Section):
         problems = []
         if not self.data.train and self.train.steps != 0:
             problems.append("data.train: found no source; expected at least one, e.g. data.train.0.path=FILE.jsonl")
-        weighted = [source.weight is not None for source in self.data.train]
-        if any(weighted) and not all(weighted):
-            missing = ", ".join(str(i) for i, has in enumerate(weighted) if not has)
-            problems.append(f"data.train: sources {missing} have no weight; give every source one, or none")
+        for key, sources in (("data.train", self.data.train), ("data.eval", self.data.eval)):
+            problems += _problems_of(sources, key)
+        problems += _weight_problems(self.data.train, "data.train", self.data.mixing)
+        problems += _phase_problems(self.data.phases, steps=self.train.steps)
         rows, micro = self.train.batch_rows, self.train.microbatch_rows
         if micro is not None and rows % micro:
             problems.append(f"train.microbatch_rows: found {micro}; expected a divisor of train.batch_rows = {rows}")
@@ -347,6 +348,71 @@ class Config(Section):
         if self.optimizer.learning_rate is not None:
             return self.optimizer.learning_rate
         return {"lora": 2e-4, "full": 1e-5}[self.tuning.method]
+
+
+def _problems_of(sources: tuple[SourceConfig, ...], key: str) -> list[str]:
+    """What is wrong with sources, and with the members of groups among them."""
+    out = []
+    for i, source in enumerate(sources):
+        here = f"{key}.{i}"
+        if source.sources and (source.path is not None or source.table is not None):
+            what = "path" if source.path is not None else "table"
+            out.append(f"{here}: found both sources and {what}; expected a group of sources, or one with a {what}")
+        elif not source.sources and source.path is None:
+            out.append(f"{here}.path: missing; expected {SourceConfig.model_fields['path'].description}, or sources")
+        if source.table is None and not source.sources and source.mixing != MixingConfig():
+            out.append(f"{here}.mixing: found on a single source; expected on a group or a table, whose members share")
+        if source.sources and source.examples is not None:
+            out.append(f"{here}.examples: found on a group; expected on its members")
+        if source.each_template and source.templates is None:
+            out.append(f"{here}.each_template: found without templates; set {here}.templates")
+        if source.sources:
+            out += _problems_of(source.sources, f"{here}.sources")
+            out += _weight_problems(source.sources, f"{here}.sources", source.mixing)
+    return out
+
+
+def _weight_problems(sources: tuple[SourceConfig, ...], key: str, mixing: MixingConfig) -> list[str]:
+    """Weights must be on all sources of a list or none, and where the rule wants them."""
+    missing = ", ".join(str(i) for i, source in enumerate(sources) if source.weight is None)
+    some = any(source.weight is not None for source in sources)
+    where = key.removesuffix(".sources") if key.endswith(".sources") else "data"
+    if missing and (some or (mixing.rates == "weights" and sources)):
+        return [f"{key}: sources {missing} have no weight; give every source one, or none"]
+    if some and mixing.rates not in ("auto", "weights"):
+        return [f"{where}.mixing.rates: found {mixing.rates} beside weights; remove one of the two"]
+    by_size = mixing.rates in ("proportional", "temperature")
+    unread = [k for k in ("cap", "scale", "temperature") if getattr(mixing, k) != MixingConfig.model_fields[k].default]
+    if unread and not by_size:
+        return [f"{where}.mixing.{unread[0]}: only read when mixing.rates is proportional or temperature"]
+    capped = [i for i, source in enumerate(sources) if source.cap is not None]
+    if capped and not by_size:
+        return [f"{key}.{capped[0]}.cap: only read when {where}.mixing.rates is proportional or temperature"]
+    return []
+
+
+def _phase_problems(phases: tuple[PhaseConfig, ...], *, steps: int | None) -> list[str]:
+    """Every phase but the last ends somewhere, each after the one before it."""
+    out, last = [], {"steps": 0, "tokens": 0, "draws": 0}
+    for i, phase in enumerate(phases):
+        here, given = f"data.phases.{i}", {}
+        if phase.until is not None:
+            given = {key: value for key, value in phase.until.model_dump().items() if value is not None}
+        if i == len(phases) - 1:
+            if phase.until is not None:
+                out.append(f"{here}.until: found on the last phase, which goes on to the end; remove it")
+            continue
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            out.append(f"{here}.until: found {found}; expected exactly one of steps, tokens, draws")
+            continue
+        kind, value = next(iter(given.items()))
+        if value <= last[kind]:
+            out.append(f"{here}.until.{kind}: found {value}; expected more than the phase before, {last[kind]}")
+        last[kind] = value
+        if kind != "draws" and steps is None:
+            out.append(f"{here}.until.{kind}: needs train.steps, since the length of the run depends on it")
+    return out
 
 
 # Outside these a value still runs, with a warning; docs/recipes.md says where they come from.

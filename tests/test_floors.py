@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "batch", "hub", "compat", "asking", "__init__"),
 )
 # A command checks what it was given before anything heavy is imported; nobody else imports inside a function.
-IMPORTS_INSIDE_FUNCTIONS = ("train", "generate", "chat", "evaluate.__main__", "convert.__main__")
+IMPORTS_INSIDE_FUNCTIONS = ("train", "audit", "generate", "chat", "evaluate.__main__", "convert.__main__")
 MAY_JIT = ("step", "decoding", "sharding", "placement")
 OPTIONAL = ("wandb", "apache_beam", "lm_eval", "tokamax", "libtpu", "qwix", "matplotlib")
 NOT_IN_MODELS = ("transformers", "tokenizers", "sentencepiece", "datasets", "grain", "jinja2", "pydantic")

@@ -1,45 +1,12 @@
-"""Every row counted before the first step: what is kept, what is lost and why.
-
-`measure` tokenises each row once and keeps, per row, its examples' lengths and what was lost; the result is cached
-under a key of everything that decides it. A `Funnel` sums such tables into what a person reads.
-"""
+"""Every row counted before the first step: what is kept, what is lost and why, as a person reads it."""
 
 import dataclasses
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxtune.data.examples import RowReader
-
-Progress = Callable[[int, int], None]
-_BLOCK = 1024
-_VERSION = "2"  # of everything between a row and its tokens: raise it when the code's answer changes
-_COLUMNS = ("tokens", "trained", "lost", "turns", "stops", "reason", "bad", "examples")
-
-
-@dataclasses.dataclass(frozen=True)
-class RowTable:
-    """What became of each of `rows` (int64 [n]): arrays [n], and `lengths` of all their examples in order.
-
-    `reason` indexes `reasons`, whose entry 0 is for rows without loss; `messages` tells each bad row's full story.
-    """
-
-    rows: np.ndarray
-    columns: Mapping[str, np.ndarray]
-    lengths: np.ndarray
-    reasons: tuple[str, ...]
-    messages: Mapping[int, str]
-
-    def examples_of(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths of the examples of the table's entries `at`, in order, and how many each entry has."""
-        counts = self.columns["examples"][at]
-        first = np.concatenate([[0], np.cumsum(self.columns["examples"])])[at]
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.lengths[np.repeat(first, counts) + within], counts
+from jaxtune.data.lengths import RowTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,53 +98,23 @@ class Funnel:
         return "\n".join(shown)
 
 
-def measure(
-    reader: RowReader, rows: np.ndarray, *, cache_dir: str, progress: Progress | None = None
-) -> tuple[RowTable, bool]:
-    """Reads `rows` and tokenises them, or takes an earlier identical pass from the cache (then the second is True)."""
-    key = hashlib.blake2b(f"{reader_key(reader)}:{rows.tobytes().hex()}".encode(), digest_size=16).hexdigest()
-    path = os.path.join(cache_dir, "lengths", f"{key}.npz")
-    if os.path.exists(path):
-        return _load(path), True
-    table = _read_all(reader, rows, progress)
-    _save(path, table)
-    return table, False
-
-
-def reader_key(reader: RowReader) -> str:
-    """Names everything that decides what a row becomes: data bytes, layout, templates, tokenizer, options, code."""
-    tokenizer = reader.template.tokenizer
-    parts = (
-        _VERSION,
-        reader.source.fingerprint,
-        repr(reader.layout),
-        reader.template.text,
-        reader.text_template.text,
-        tokenizer.backend_tokenizer.to_str(),
-        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
-        repr(reader.options),
-    )
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def summarise(name: str, reader: RowReader, table: RowTable, *, at: np.ndarray, rows: int, exact: bool) -> SourceFunnel:
-    """The funnel of the table's entries `at`, scaled up to `rows` when they are a sample."""
-    scale = 1.0 if exact else rows / max(1, len(at))
-    picked = {key: column[at] for key, column in table.columns.items()}
-    lost = {}
-    for code in np.unique(picked["reason"][picked["reason"] > 0]).tolist():
-        which = at[picked["reason"] == code]
+def summarise(name: str, reader: RowReader, table: RowTable, *, rows: int, exact: bool) -> SourceFunnel:
+    """The funnel of a table, scaled up to `rows` when it is of a sample."""
+    scale = 1.0 if exact else rows / max(1, len(table.rows))
+    column, lost = table.columns, {}
+    for code in np.unique(column["reason"][column["reason"] > 0]).tolist():
+        which = np.flatnonzero(column["reason"] == code)
         first = int(table.rows[which[0]])
         count = round(len(which) * scale)
         lost[table.reasons[code]] = Loss(count, reader.source.where(first), table.messages.get(first, ""))
 
-    def scaled(column: str) -> int:
-        return round(int(picked[column].sum(dtype=np.int64)) * scale)
+    def scaled(key: str) -> int:
+        return round(int(column[key].sum(dtype=np.int64)) * scale)
 
     return SourceFunnel(
         name=name,
         rows=rows,
-        kept=round(int(np.count_nonzero(picked["examples"])) * scale),
+        kept=round(int(np.count_nonzero(column["examples"])) * scale),
         examples=scaled("examples"),
         tokens=scaled("tokens"),
         trained_tokens=scaled("trained"),
@@ -187,43 +124,6 @@ def summarise(name: str, reader: RowReader, table: RowTable, *, at: np.ndarray, 
         lost=lost,
         exact=exact,
     )
-
-
-def _read_all(reader: RowReader, rows: np.ndarray, progress: Progress | None) -> RowTable:
-    reasons: dict[str, int] = {"": 0}
-    entries: list[tuple[int, ...]] = []
-    lengths: list[int] = []
-    messages: dict[int, str] = {}
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK].tolist()
-        for row, r in zip(block, reader.read(block), strict=True):
-            code = reasons.setdefault(r.reason or "", len(reasons))
-            lengths += [len(example.tokens) for example in r.examples]
-            entries.append((r.tokens, r.trained, r.lost_tokens, r.turns, r.stops, code, r.bad, len(r.examples)))
-            if r.bad:
-                messages[row] = r.message
-        if progress is not None:
-            progress(min(start + _BLOCK, len(rows)), len(rows))
-    array = np.array(entries, np.int64).reshape(-1, len(_COLUMNS))
-    columns = {key: array[:, i].copy() for i, key in enumerate(_COLUMNS)}
-    return RowTable(rows, columns, np.array(lengths, np.int32), tuple(reasons), messages)
-
-
-def _save(path: str, table: RowTable) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    told = json.dumps({"reasons": table.reasons, "messages": {str(k): v for k, v in table.messages.items()}})
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as aside:
-        arrays = {"rows": table.rows, "lengths": table.lengths, "told": np.array(told), **table.columns}
-        np.savez(aside, **arrays)  # type: ignore[arg-type]  # numpy's stub takes its flag for one of the arrays
-    os.replace(aside.name, path)
-
-
-def _load(path: str) -> RowTable:
-    with np.load(path) as saved:
-        told = json.loads(str(saved["told"]))
-        columns = {key: saved[key] for key in _COLUMNS}
-        messages = {int(k): v for k, v in told["messages"].items()}
-        return RowTable(saved["rows"], columns, saved["lengths"], tuple(told["reasons"]), messages)
 
 
 def problems(

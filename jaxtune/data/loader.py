@@ -2,26 +2,30 @@
 
 import dataclasses
 import hashlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtune import hub
-from jaxtune.config import Config, SourceConfig
-from jaxtune.data import formats, funnel, mixture, sources, templates
-from jaxtune.data.examples import ExampleOptions, RowReader
-from jaxtune.data.records import RowError
+from jaxtune.config import Config
+from jaxtune.data import funnel, lengths, mixture, sources, tasks, tree
+from jaxtune.data.leaves import Opener, OpenLeaf, held_out, row_orders
+from jaxtune.data.lengths import Progress, Wanted
+from jaxtune.data.plan import MixturePlan, make_plan
+from jaxtune.data.shares import Sizes, leaf_shares
 from jaxtune.data.stream import QUARANTINE, Stream, quarantine
-from jaxtune.data.windows import WindowMaker, window_lengths
+from jaxtune.data.windows import PhaseEnd, WindowMaker, window_lengths
 
 EXACT_ROWS = 200_000  # up to here every row is tokenised before step 1
 SAMPLE_ROWS = 20_000  # beyond, the funnel is estimated from so many
+_MIN_SAMPLE = 10  # of each source
 _MIN_WINDOWS_PER_LANE = 8
-_DETECTION_ROWS = 20
 EVAL_QUARANTINE = "quarantine_eval.jsonl"
+PLAN_FILE = "mixture.json"
 
 
 def open_stream(
@@ -31,37 +35,60 @@ def open_stream(
     max_length: int,
     cache_dir: str | None = None,
     output_dir: str | None = None,
-    progress: funnel.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Stream:
     """The training stream of `config`: opens and measures its sources, and plans the run.
 
     Raises ValueError for whatever would make the run wrong: unreadable rows (unless data.on_bad_row says otherwise), a
-    source with nothing to train on, a template that never trains its stop token, more lost than data.max_lost.
+    source with nothing to train on, a template that never trains its stop token, more lost than data.max_lost, shares
+    that cannot be met.
     """
-    readers = _readers(config, config.data.train, tokenizer, max_length, cache_dir)
-    held = [_held_out(len(r.source), config.data.eval_fraction) for r in readers]
-    rows = [_all_but(len(r.source), h, config.seed, i) for i, (r, h) in enumerate(zip(readers, held, strict=True))]
-    exact = sum(map(len, rows)) <= EXACT_ROWS
-    counted = _count(config, config.data.train, readers, rows, exact, cache_dir, output_dir, progress, evaluation=False)
-    weighted = any(s.weight is not None for s in config.data.train)
-    leaves = [
-        mixture.Leaf(len(r.source), Fraction(str(s.weight or 1)), s.epochs, h)
-        for r, s, h in zip(readers, config.data.train, held, strict=True)
-    ]
-    draws = mixture.Mixture(leaves, seed=config.seed, epochs=1.0, by_rows=not weighted)
+    opening = _Opening(config, tokenizer, max_length, cache_dir, output_dir, progress)
+    root, evaluated = _training_tree(config)
+    opened, root, skipped = opening.opener.find(root)
+    excluded = opening.hashes(evaluated) if evaluated is not None else None
+    leaves = opening.opener.open(root, opened, fraction=config.data.eval_fraction, excluded=excluded)
+    exact = sum(leaf.pool for leaf in leaves) <= EXACT_ROWS
+    rows = opening.rows(leaves, exact)
+    tokens = None
+    if _counts_tokens(root):
+        tables = opening.measure(leaves, [Wanted(r) for r in rows])
+        tokens = {leaf.node.name: table.mean_tokens() for leaf, table in zip(leaves, tables, strict=True)}
+    sizes = Sizes({leaf.node.name: leaf.node.config.examples or leaf.pool for leaf in leaves}, tokens)
+    phases = phase_shares(config, root, sizes)
+    orders = row_orders(leaves, opening.measure_one, config.seed)
+    draws = mixture.Mixture(
+        [
+            mixture.Leaf(leaf.size, float(leaf.node.config.epochs), leaf.held_out, leaf.node.source, leaf.part, order)
+            for leaf, order in zip(leaves, orders, strict=True)
+        ],
+        [shares for _, shares in phases],
+        seed=config.seed,
+    )
+    draws = draws.ending(known_ends(config, ()))
+    epoch_draws = _epoch_draws(config, draws)
     endless = config.train.steps is not None or not exact
+    total = None if endless else max(1, round(epoch_draws * config.train.epochs))
+    counted = opening.count(leaves, _wanted(leaves, rows, draws, total), rows, exact, evaluation=False)
     maker = WindowMaker(
-        readers=readers,
+        readers=tuple(leaf.reader for leaf in leaves),
         draws=draws,
-        epoch_draws=draws.total,
-        total=None if endless else max(1, round(draws.total * config.train.epochs)),
+        epoch_draws=epoch_draws,
+        total=total,
         size=config.data.window,
         length=max_length,
         packing=config.data.packing,
         seed=config.seed,
     )
-    stream = _stream(config, maker, counted, config.data.train, exact, lanes=config.data.lanes, output_dir=output_dir)
-    return dataclasses.replace(stream, warnings=(*stream.warnings, *_template_warnings(config, readers)))
+    stream = _stream(config, maker, counted, leaves, exact, lanes=config.data.lanes, output_dir=output_dir)
+    plan = _plan(config, root, phases, stream, counted, skipped)
+    warnings = [*stream.warnings, *_template_warnings(config, leaves), *_skipped_warning(skipped)]
+    return dataclasses.replace(
+        stream,
+        warnings=tuple(warnings),
+        plan=plan,
+        phase_ends=tuple(_phase_end(p.until) for p in config.data.phases[:-1]),
+    )
 
 
 def open_eval_stream(
@@ -71,35 +98,35 @@ def open_eval_stream(
     max_length: int,
     cache_dir: str | None = None,
     output_dir: str | None = None,
-    progress: funnel.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Stream | None:
-    """The evaluation stream: data.eval, or the rows that data.eval_fraction holds out; None without either.
+    """The evaluation stream: data.eval, the clusters of data.hold_out, or the rows that data.eval_fraction holds out.
 
-    One pass in a fixed order, packed as in training; it ends after `steps_per_run` batches.
+    None without any of these. One pass in a fixed order, packed as in training; it ends after `steps_per_run` batches.
     """
-    chosen = config.data.eval or (config.data.train if config.data.eval_fraction else ())
-    if not chosen:
+    opening = _Opening(config, tokenizer, max_length, cache_dir, output_dir, progress)
+    fraction = 0.0
+    root = _evaluation_tree(config)
+    if root is None and config.data.eval_fraction:
+        root, fraction = _training_tree(config)[0], config.data.eval_fraction
+    if root is None:
         return None
-    for i, source in enumerate(config.data.eval):
-        for key, value, default in (("weight", source.weight, None), ("epochs", source.epochs, 1.0)):
+    for leaf in root.leaves():
+        weight = leaf.config.weight if leaf.where.startswith("data.eval") else None
+        epochs = leaf.config.epochs if leaf.where.startswith("data.eval") else 1.0
+        for key, value, default in (("weight", weight, None), ("epochs", epochs, 1.0)):
             if value != default:
                 raise ValueError(
-                    f"data.eval.{i}.{key}: found {value}; evaluation reads every row once, so remove it (it is for "
+                    f"{leaf.where}.{key}: found {value}; evaluation reads every row once, so remove it (it is for "
                     "data.train)"
                 )
-    readers = _readers(config, chosen, tokenizer, max_length, cache_dir)
-    if config.data.eval:
-        rows = [np.arange(len(r.source)) for r in readers]
-    else:
-        counts = [_held_out(len(r.source), config.data.eval_fraction) for r in readers]
-        rows = [
-            mixture.held_out_rows(len(r.source), n, seed=config.seed, source=i)
-            for i, (r, n) in enumerate(zip(readers, counts, strict=True))
-        ]
-    counted = _count(config, chosen, readers, rows, True, cache_dir, output_dir, progress, evaluation=True)
+    opened, root, _ = opening.opener.find(root)
+    leaves = opening.opener.open(root, opened, fraction=fraction)
+    rows = [leaf.held_rows(config.seed) if fraction else np.arange(leaf.size) for leaf in leaves]
+    counted = opening.count(leaves, [Wanted(r) for r in rows], rows, True, evaluation=True)
     draws = mixture.InOrder(rows)
     maker = WindowMaker(
-        readers=readers,
+        readers=tuple(leaf.reader for leaf in leaves),
         draws=draws,
         epoch_draws=draws.total,
         total=draws.total,
@@ -108,196 +135,355 @@ def open_eval_stream(
         packing=config.data.packing,
         seed=config.seed,
     )
-    return _stream(config, maker, counted, chosen, True, lanes=1, output_dir=output_dir)
+    return _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir)
+
+
+def mixture_plan(config: Config, *, cache_dir: str | None = None) -> MixturePlan:
+    """The plan of `config` without its texts: sources are counted only where no `examples` are given.
+
+    Raises ValueError for shares that cannot be met, and for shares of tokens, which need the texts.
+    """
+    root, _ = _training_tree(config)
+    if _counts_tokens(root):
+        raise ValueError("mixing.unit: shares of tokens need the texts; the training command prints this plan")
+    examples, missing = {}, {}
+    for leaf in root.leaves():
+        try:
+            size = leaf.config.examples or len(sources.open_source(leaf.config, cache_dir=cache_dir))
+            examples[leaf.name] = size - held_out(size, config.data.eval_fraction)
+        except sources.MissingSource as problem:
+            missing[leaf.name] = str(problem)
+    if missing and config.data.missing == "error":
+        raise ValueError(
+            "\n".join([*missing.values(), "set `examples` for sources that are not here, or data.missing=skip"])
+        )
+    kept = tree.prune(root, set(missing))
+    if kept is None:
+        raise ValueError("data.train: none of the sources is there")
+    phases = phase_shares(config, kept, Sizes(examples))
+    return make_plan(kept, phases[0][1], examples, phases=phases if len(phases) > 1 else (), skipped=tuple(missing))
+
+
+def phase_shares(config: Config, root: tree.Node, sizes: Sizes) -> list[tuple[str, list[Fraction]]]:
+    """Each phase's end, in words, and the shares of the leaves in it; one phase without `data.phases`."""
+    if not config.data.phases:
+        return [("the end", leaf_shares(root, sizes))]
+    return [
+        (
+            "the end" if phase.until is None else str(_phase_end(phase.until)),
+            leaf_shares(root, sizes, weights=phase.weights or None, tags=phase.tags or None),
+        )
+        for phase in config.data.phases
+    ]
+
+
+def known_ends(config: Config, reached: Sequence[int]) -> list[int]:
+    """First draws of the phases after the first, as far as they are known: those reached, and those asked in draws."""
+    ends = list(reached)
+    for phase in config.data.phases[len(ends) : -1]:
+        if phase.until is None or phase.until.draws is None:
+            break
+        ends.append(phase.until.draws)
+    return ends
+
+
+def _phase_end(until: Any) -> PhaseEnd:
+    kind = next(key for key in ("steps", "tokens", "draws") if getattr(until, key) is not None)
+    return PhaseEnd(kind, getattr(until, kind))
+
+
+def _training_tree(config: Config) -> tuple[tree.Node, tree.Node | None]:
+    """The tree that is trained on, and the held-out clusters of it."""
+    root = tree.expand(config, config.data.train, key="data.train", template_names=tasks.template_names)
+    held, related = tree.hold_out(root, config.data.hold_out)
+    if not held:
+        return root, None
+    kept = tree.prune(root, held | related)
+    if kept is None:
+        raise ValueError("data.hold_out.clusters: nothing is left to train on; hold out fewer clusters")
+    return kept, tree.prune(root, {leaf.name for leaf in root.leaves()} - held)
+
+
+def _evaluation_tree(config: Config) -> tree.Node | None:
+    held = _training_tree(config)[1] if config.data.hold_out.clusters else None
+    if not config.data.eval:
+        return held
+    root = tree.expand(config, config.data.eval, key="data.eval", template_names=tasks.template_names)
+    if held is None:
+        return root
+    # Numbers say which source a leaf reads: those of the second tree go on after the first's.
+    first = 1 + max(leaf.source for leaf in root.leaves())
+    return dataclasses.replace(root, members=(*root.members, *(tree.renumbered(m, first) for m in held.members)))
+
+
+def _counts_tokens(node: tree.Node) -> bool:
+    return node.mixing.unit == "tokens" or any(_counts_tokens(member) for member in node.members)
 
 
 class _Counted(NamedTuple):
-    tables: tuple[funnel.RowTable, ...]
+    tables: tuple[lengths.RowTable, ...]
     funnel: funnel.Funnel
 
 
-def _readers(
-    config: Config, chosen: Sequence[SourceConfig], tokenizer: Any, max_length: int, cache_dir: str | None
-) -> tuple[RowReader, ...]:
-    # Those of all sources, so that a template is refused before any source is read.
-    listed = (*config.data.train, *config.data.eval)
-    names = {config.data.template, *(source.template for source in listed if source.template)}
-    made = {name: templates.load_template(name, tokenizer) for name in sorted(names)}
-    text_template = templates.load_template("plain", tokenizer)
-    options = ExampleOptions(
-        max_length=max_length,
-        train_on=config.data.train_on,
-        overlong=config.data.overlong,
-        loss_weighting=config.tuning.loss_weighting,
-    )
-    readers = []
-    for source in chosen:
-        opened = sources.open_source(source, cache_dir=cache_dir)
-        layout = _layout(opened, source)
-        template = made[source.template or config.data.template]
-        readers.append(RowReader(opened, layout, template, text_template=text_template, options=options))
-    return tuple(readers)
+@dataclasses.dataclass
+class _Opening:
+    """What opening a stream needs at every turn."""
 
+    config: Config
+    tokenizer: Any
+    max_length: int
+    cache_dir: str | None
+    output_dir: str | None
+    progress: Progress | None
 
-def _template_warnings(config: Config, readers: Sequence[RowReader]) -> list[str]:
-    """Sentences about templates that the run can follow, and that the folder it writes, or a resumed run, cannot."""
-    out = []
-    others = sorted({s.template for s in config.data.train if s.template} - {config.data.template})
-    if others:
-        out.append(
-            f"data.template: the exported folder carries {config.data.template}, but sources are trained with "
-            f"{', '.join(others)}; set data.template to the one that the model is to be asked with"
+    def __post_init__(self) -> None:
+        self.opener = Opener(
+            self.config, tokenizer=self.tokenizer, max_length=self.max_length, cache_dir=self.cache_dir
         )
-    dated = sorted({reader.template.name for reader in readers if "strftime_now" in reader.template.text})
-    out += [
-        f"template {name} writes today's date (strftime_now): the data stream changes from day to day, also when a run "
-        "is resumed"
-        for name in dated
-    ]
+
+    def measure(self, leaves: Sequence[OpenLeaf], wanted: Sequence[Wanted]) -> list[lengths.RowTable]:
+        """The length pass over these rows."""
+        return lengths.measure(
+            [leaf.reader for leaf in leaves],
+            wanted,
+            cache_dir=self.cache_dir or hub.cache_dir(),
+            progress=self.progress,
+        )
+
+    def measure_one(self, leaf: OpenLeaf) -> lengths.RowTable:
+        """The lengths of all rows that a leaf is trained on."""
+        return self.measure([leaf], [Wanted(leaf.rows(self.config.seed))])[0]
+
+    def rows(self, leaves: Sequence[OpenLeaf], exact: bool) -> list[np.ndarray]:
+        """Rows to measure: all that are trained on, or a sample of each source."""
+        if exact:
+            return [leaf.rows(self.config.seed) for leaf in leaves]
+        total = sum(leaf.pool for leaf in leaves)
+        return [leaf.rows(self.config.seed, max(_MIN_SAMPLE, SAMPLE_ROWS * leaf.pool // total)) for leaf in leaves]
+
+    def hashes(self, root: tree.Node) -> np.ndarray:
+        """Content hashes of every row of the held-out clusters, uint64 ascending."""
+        opened, root, _ = self.opener.find(root)
+        leaves = self.opener.open(root, opened, fraction=0.0)
+        keys = lengths.reader_keys([leaf.reader for leaf in leaves])
+        return lengths.cached_hashes([leaf.reader for leaf in leaves], keys, self.cache_dir or hub.cache_dir())
+
+    def count(
+        self,
+        leaves: Sequence[OpenLeaf],
+        wanted: Sequence[Wanted],
+        rows: Sequence[np.ndarray],
+        exact: bool,
+        *,
+        evaluation: bool,
+    ) -> _Counted:
+        """Measures rows; raises ValueError with every reason not to start."""
+        config = self.config
+        tables = self.measure(leaves, wanted)
+        found = [
+            funnel.summarise(
+                leaf.node.name,
+                leaf.reader,
+                table,
+                rows=len(table.rows) if exact else leaf.pool,
+                exact=exact or len(mine) == leaf.pool,
+            )
+            for leaf, mine, table in zip(leaves, rows, tables, strict=True)
+        ]
+        counted = _Counted(tuple(tables), funnel.Funnel(tuple(found)))
+        wrong = funnel.problems(
+            counted.funnel,
+            tables,
+            on_bad_row=config.data.on_bad_row,
+            max_lost=config.data.max_lost,
+            held_out=evaluation and not config.data.eval,
+        )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        bad = [
+            (leaf.reader.source, row, message)
+            for leaf, table in zip(leaves, tables, strict=True)
+            for row, message in table.messages.items()
+        ]
+        if config.data.on_bad_row == "quarantine" and bad:
+            quarantine(bad, self.output_dir, EVAL_QUARANTINE if evaluation else QUARANTINE, mode="w")
+        return counted
+
+
+def _wanted(
+    leaves: Sequence[OpenLeaf], rows: Sequence[np.ndarray], draws: mixture.Mixture, total: int | None
+) -> list[Wanted]:
+    """What to measure: rows, or for leaves that change from epoch to epoch the very draws of the run."""
+    if total is None or not any(leaf.reader.varies for leaf in leaves):
+        return [Wanted(r) for r in rows]
+    every = draws.block(0, total)
+    out = []
+    for i, (leaf, mine) in enumerate(zip(leaves, rows, strict=True)):
+        if not leaf.reader.varies:
+            out.append(Wanted(mine))
+            continue
+        at = np.flatnonzero(every.source == i)
+        out.append(lengths.pairs(every.row[at], every.epoch[at]))
     return out
 
 
-def _layout(opened: sources.Source, source: SourceConfig) -> formats.Layout:
-    """Decided by the first rows that can be read; unreadable ones are told of later, by the rule for them."""
-    first, error = [], None
-    for i in range(min(len(opened), 5 * _DETECTION_ROWS)):
-        try:
-            first.append(opened.row(i))
-        except RowError as problem:
-            error = error or f"{opened.where(i)}: {problem}"
-        if len(first) == _DETECTION_ROWS:
-            break
-    if not first:
-        raise ValueError(error or f"{source.path}: found no rows; expected at least one")
-    try:
-        return formats.find_layout(first, format=source.format, columns=source.columns)
-    except ValueError as problem:
-        raise ValueError(f"{source.path}: {problem}") from problem
-
-
-def _held_out(size: int, fraction: float) -> int:
-    return min(size - 1, max(1, round(size * fraction))) if fraction and size > 1 else 0
-
-
-def _all_but(size: int, held: int, seed: int, source: int) -> np.ndarray:
-    rows = np.arange(size, dtype=np.int64)
-    return rows if not held else np.delete(rows, mixture.held_out_rows(size, held, seed=seed, source=source))
-
-
-def _count(
-    config: Config,
-    chosen: Sequence[SourceConfig],
-    readers: Sequence[RowReader],
-    rows: Sequence[np.ndarray],
-    exact: bool,
-    cache_dir: str | None,
-    output_dir: str | None,
-    progress: funnel.Progress | None,
-    *,
-    evaluation: bool,
-) -> _Counted:
-    """Measures all rows, or a sample of each source; raises ValueError with every reason not to start."""
-    total = sum(map(len, rows))
-    tables, found = [], []
-    for reader, mine, name in zip(readers, rows, source_names(chosen), strict=True):
-        wanted = mine
-        if not exact:
-            size = min(len(mine), max(100, SAMPLE_ROWS * len(mine) // total))
-            wanted = mine[np.linspace(0, len(mine) - 1, size).astype(np.int64)]
-        table, _ = funnel.measure(reader, wanted, cache_dir=cache_dir or hub.cache_dir(), progress=progress)
-        tables.append(table)
-        found.append(
-            funnel.summarise(
-                name, reader, table, at=np.arange(len(wanted)), rows=len(mine), exact=len(wanted) == len(mine)
-            )
-        )
-    counted = _Counted(tuple(tables), funnel.Funnel(tuple(found)))
-    wrong = funnel.problems(
-        counted.funnel,
-        tables,
-        on_bad_row=config.data.on_bad_row,
-        max_lost=config.data.max_lost,
-        held_out=evaluation and not config.data.eval,
-    )
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    bad = [(r.source, row, m) for r, t in zip(readers, tables, strict=True) for row, m in t.messages.items()]
-    if config.data.on_bad_row == "quarantine" and bad:
-        quarantine(bad, output_dir, EVAL_QUARANTINE if evaluation else QUARANTINE, mode="w")
-    return counted
+def _epoch_draws(config: Config, draws: mixture.Mixture) -> int:
+    """Draws of one pass over the plan: as many as there are examples, or as data.stop says."""
+    if config.data.stop == "plan":
+        return sum(max(1, round(leaf.rows * leaf.epochs)) if leaf.rows else 0 for leaf in draws.leaves)
+    ends = [draws.first_seen_whole(i) for i, rate in enumerate(draws.wheels[0].rates) if rate]
+    return min(ends) if config.data.stop == "first_exhausted" else max(ends)
 
 
 def _stream(
     config: Config,
     maker: WindowMaker,
     counted: _Counted,
-    chosen: Sequence[SourceConfig],
+    leaves: Sequence[OpenLeaf],
     exact: bool,
     *,
     lanes: int | str,
     output_dir: str | None,
 ) -> Stream:
-    batch_rows = config.train.batch_rows
     number = lanes if isinstance(lanes, int) else _lanes(config, maker, counted.funnel)
-    counts, fill = _plan(maker, counted.tables) if exact and maker.total is not None else (None, None)
+    counts, fill = _count_rows(maker, counted.tables) if exact and maker.total is not None else (None, None)
+    names = tuple(leaf.node.name for leaf in leaves)
+    keys = dict(zip(names, lengths.reader_keys(maker.readers), strict=True))
+    identity = _identity(config, maker, keys)
     return Stream(
         maker=maker,
-        batch_rows=batch_rows,
+        batch_rows=config.train.batch_rows,
         lanes=number,
         funnel=counted.funnel,
-        source_names=source_names(chosen),
+        source_names=names,
+        source_tags=tuple(leaf.node.tags for leaf in leaves),
         layouts=tuple(reader.layout for reader in maker.readers),
         rows_of_windows=counts,
         fill=fill,
         warnings=tuple(counted.funnel.warnings()),
-        fingerprint=_fingerprint(config, maker, chosen),
+        identity=identity,
+        fingerprint=hashlib.blake2b(repr(sorted(identity.items())).encode(), digest_size=16).hexdigest(),
         workers=config.data.workers,
         on_bad_row=config.data.on_bad_row,
         output_dir=output_dir,
     )
 
 
+def _identity(config: Config, maker: WindowMaker, keys: Mapping[str, str]) -> dict[str, str]:
+    """What the stream is a function of, by name: for each source its data, wording and rates, then the options."""
+    rates = (
+        [":".join(str(wheel.rates[i]) for wheel in maker.draws.wheels) for i in range(len(keys))]
+        if isinstance(maker.draws, mixture.Mixture)
+        else ["" for _ in keys]
+    )
+    found = {
+        f"source {name}": f"{key}:{rate}:{_leaf_key(maker, i)}"
+        for i, ((name, key), rate) in enumerate(zip(keys.items(), rates, strict=True))
+    }
+    phases = [phase.until.model_dump() if phase.until else None for phase in config.data.phases]
+    return {
+        **found,
+        "window, length, packing": f"{maker.size}:{maker.length}:{maker.packing}",
+        "seed": str(maker.seed),
+        "eval_fraction": str(config.data.eval_fraction),
+        "epoch": str(maker.epoch_draws),
+        "phases": str(phases),
+    }
+
+
+def _leaf_key(maker: WindowMaker, i: int) -> str:
+    if not isinstance(maker.draws, mixture.Mixture):
+        return ""
+    leaf = maker.draws.leaves[i]
+    order = "" if leaf.order is None else hashlib.blake2b(leaf.order.tobytes(), digest_size=8).hexdigest()
+    return f"{leaf.epochs}:{leaf.source}:{leaf.part}:{order}"
+
+
 def _lanes(config: Config, maker: WindowMaker, counted: funnel.Funnel) -> int:
     """The largest of 1, 2, 4, 8 that divides the batch and leaves each lane enough windows over the run."""
     windows = maker.count
     if windows is None:
-        steps = config.train.steps or sys.maxsize
-        positions = counted.total("tokens") / max(1, counted.total("rows"))  # of one draw, on average
-        per_row = maker.length / max(positions, 1.0) if maker.packing else 1.0
-        windows = int(steps * config.train.batch_rows * per_row / maker.size)
+        windows = _estimated_draws(config, maker, counted) // maker.size
     rows = config.train.batch_rows
     return max(n for n in (1, 2, 4, 8) if n == 1 or (rows % n == 0 and windows >= n * _MIN_WINDOWS_PER_LANE))
 
 
-def _plan(maker: WindowMaker, tables: Sequence[funnel.RowTable]) -> tuple[np.ndarray, float]:
+def _estimated_draws(config: Config, maker: WindowMaker, counted: funnel.Funnel) -> int:
+    """Draws of a run that ends after so many steps, from the mean length of an example."""
+    rows = (config.train.steps or sys.maxsize) * config.train.batch_rows
+    if not maker.packing:
+        return rows
+    rates = maker.draws.wheels[0].rates if isinstance(maker.draws, mixture.Mixture) else [1] * len(counted.sources)
+    brought = [s.tokens / max(1, s.rows) for s in counted.sources]
+    mean = sum(rate * tokens for rate, tokens in zip(rates, brought, strict=True)) / max(1, sum(rates))
+    return int(rows * (maker.length / max(mean, 1.0)))
+
+
+def _count_rows(maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> tuple[np.ndarray, float]:
     """Rows of every window of the run, and the share of positions filled, by packing all measured lengths."""
     counts, tokens = [], 0
     for window in range(maker.count or 0):
-        lengths = window_lengths(maker.draw(window), tables)
-        rows = maker.pack(lengths, window)
+        found = window_lengths(maker.draw(window), tables)
+        rows = maker.pack(found, window)
         rows = rows[: maker.rows_taken(window, len(rows))]
-        tokens += sum(lengths[example] for row in rows for example in row)
+        tokens += sum(found[example] for row in rows for example in row)
         counts.append(len(rows))
     return np.array(counts, np.int64), tokens / max(1, sum(counts) * maker.length)
 
 
-def source_names(chosen: Sequence[SourceConfig]) -> tuple[str, ...]:
-    """A short name for each source: its path's last part, or the whole path where those are not unique.
+def _plan(
+    config: Config,
+    root: tree.Node,
+    phases: Sequence[tuple[str, Sequence[Fraction]]],
+    stream: Stream,
+    counted: _Counted,
+    skipped: Sequence[str],
+) -> MixturePlan:
+    draws = stream.maker.draws
+    assert isinstance(draws, mixture.Mixture)
+    total = stream.maker.total
+    known = total is not None or config.train.steps is not None
+    run = total if total is not None else _estimated_draws(config, stream.maker, counted.funnel) if known else 0
+    names = stream.source_names
+    return make_plan(
+        root,
+        phases[0][1],
+        {name: leaf.rows for name, leaf in zip(names, draws.leaves, strict=True)},
+        tokens={s.name: s.tokens for s in counted.funnel.sources},
+        drawn=[draws.drawn_before(run, i) for i in range(len(names))] if known else None,
+        estimated=total is None,
+        phases=phases if len(phases) > 1 else (),
+        skipped=skipped,
+    )
 
-    A glob is named by the folder that it looks into.
-    """
-    short = []
-    for source in chosen:
-        plain = [part for part in source.path.rstrip("/").split("/") if not set(part) & set("*?[")]
-        short.append((plain[-1].split(".")[0] if plain else "") or source.path)
-    names = [s if short.count(s) == 1 else c.path for s, c in zip(short, chosen, strict=True)]
-    return tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
+
+def write_plan(stream: Stream, output_dir: str) -> None:
+    """Writes the stream's plan to OUTPUT/mixture.json."""
+    if stream.plan is not None:
+        os.makedirs(output_dir, exist_ok=True)
+        stream.plan.write(os.path.join(output_dir, PLAN_FILE))
 
 
-def _fingerprint(config: Config, maker: WindowMaker, chosen: Sequence[SourceConfig]) -> str:
-    parts = [
-        *(funnel.reader_key(reader) for reader in maker.readers),
-        *(f"{source.weight}:{source.epochs}" for source in chosen),
-        f"{maker.size}:{maker.length}:{maker.packing}:{maker.seed}:{config.data.eval_fraction}",
+def _skipped_warning(skipped: Sequence[str]) -> list[str]:
+    if not skipped:
+        return []
+    named = ", ".join(skipped[:10]) + (f" and {len(skipped) - 10:,} more" if len(skipped) > 10 else "")
+    return [f"{len(skipped):,} sources are not there and are left out, the others' shares scaled up: {named}"]
+
+
+def _template_warnings(config: Config, leaves: Sequence[OpenLeaf]) -> list[str]:
+    """Sentences about templates that the run can follow, and that the folder it writes, or a resumed run, cannot."""
+    out = []
+    others = sorted({t for leaf in leaves if (t := leaf.node.config.template)} - {config.data.template})
+    if others:
+        out.append(
+            f"data.template: the exported folder carries {config.data.template}, but sources are trained with "
+            f"{', '.join(others)}; set data.template to the one that the model is to be asked with"
+        )
+    dated = sorted({leaf.reader.template.name for leaf in leaves if "strftime_now" in leaf.reader.template.text})
+    out += [
+        f"template {name} writes today's date (strftime_now): the data stream changes from day to day, also when a run "
+        "is resumed"
+        for name in dated
     ]
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+    return out

@@ -4,9 +4,11 @@ Draws walk a circle of R points by a fixed stride near R / golden ratio and prim
 neighbouring points. So any R draws in a row visit leaf i exactly rates[i] times, shares never drift by more than a few
 draws, and the rank of a draw within its leaf is a count of lattice points, which Euclid's algorithm gives without
 walking. Within a leaf, rank k is row `permute(k % rows)` of epoch `k // rows`, shuffled anew each epoch by a keyed
-permutation that needs no memory. No state, so any draw can be had at any time on any host.
+permutation that needs no memory. No state, so any draw can be had at any time on any host. A phase of a curriculum has
+a circle of its own; ranks go on counting from one phase to the next.
 """
 
+import bisect
 import dataclasses
 import fractions
 import math
@@ -19,7 +21,7 @@ _MAX_POINTS = 1 << 40
 
 
 class Draws(NamedTuple):
-    """Consecutive draws: int64 arrays [n] of the source, the row in the source and the epoch (from 0)."""
+    """Consecutive draws: int64 arrays [n] of the leaf, the row in its source and the epoch (from 0)."""
 
     source: np.ndarray
     row: np.ndarray
@@ -30,48 +32,47 @@ class Draws(NamedTuple):
 class Leaf:
     """A source as the mixture sees it.
 
-    `rows` that may be drawn: `permute(held_out + k)` of all `size` rows under the hold-out key when some are held out,
-    else row k. `rate` is its share of draws relative to the others', `epochs` how often its rows are seen.
+    Of all `size` rows the last `held_out` in the order of the hold-out key are never drawn. `source` keys the
+    permutations: leaves that are styles of one source share it, and each has its `part` (first, last exclusive) of
+    every epoch's order, the whole by default. `epochs` is how often its rows are seen in one pass of the plan. `order`,
+    int64, lists the rows to draw in place of a shuffle.
     """
 
     size: int
-    rate: fractions.Fraction
     epochs: float = 1.0
     held_out: int = 0
+    source: int = 0
+    part: tuple[int, int] | None = None
+    order: np.ndarray | None = None
+
+    @property
+    def pool(self) -> int:
+        """Rows that may be drawn, by all styles together."""
+        return self.size - self.held_out if self.order is None else len(self.order)
 
     @property
     def rows(self) -> int:
-        return self.size - self.held_out
+        """Rows that this leaf draws in an epoch."""
+        return self.pool if self.part is None else self.part[1] - self.part[0]
 
 
-class Mixture:
-    """Endless draws from leaves; `total` of them are the plan's epochs."""
+class Wheel:
+    """Which leaf each draw falls on, for rates that stay."""
 
-    def __init__(self, leaves: Sequence[Leaf], *, seed: int, epochs: float = 1.0, by_rows: bool = True) -> None:
-        """`by_rows`: rates are rows x epochs, so that an epoch shows each row exactly its epochs; else `Leaf.rate`."""
-        self.leaves, self.seed = list(leaves), seed
-        once = [max(1, round(leaf.rows * leaf.epochs)) if leaf.rows else 0 for leaf in leaves]
-        rates = once if by_rows else integer_rates([leaf.rate for leaf in leaves])
-        if not sum(rates):
+    def __init__(self, shares: Sequence[fractions.Fraction], *, seed: int) -> None:
+        self.rates = integer_rates(shares)
+        if not sum(self.rates):
             raise ValueError("data.train: no source has a row left to draw")
-        self.total = round(sum(once) * epochs)
-        self.ends = np.cumsum(np.array(rates, np.int64))
+        self.ends = np.cumsum(np.array(self.rates, np.int64))
         self.points = int(self.ends[-1])
         self.stride = _stride(self.points)
         self.offset = _mix_int(seed, 0x6D69) % self.points
 
-    def block(self, first: int, count: int) -> Draws:
-        """Draws first .. first + count - 1."""
+    def leaves(self, first: int, count: int) -> np.ndarray:
+        """The leaf of each of the draws first .. first + count - 1, int64."""
         # x = (offset + d * stride) mod points, in two steps so that no product leaves 64 bits.
-        begin = (self.offset + first * self.stride) % self.points
-        x = self._walk(begin, count)
-        leaf = np.searchsorted(self.ends, x, side="right")
-        rank = np.empty(count, np.int64)
-        order = np.argsort(leaf, kind="stable")
-        present, at = np.unique(leaf[order], return_index=True)
-        for i, start, stop in zip(present.tolist(), at.tolist(), [*at[1:].tolist(), count], strict=True):
-            rank[order[start:stop]] = self.drawn_before(first, i) + np.arange(stop - start)
-        return self._rows(leaf, rank)
+        x = self._walk((self.offset + first * self.stride) % self.points, count)
+        return np.searchsorted(self.ends, x, side="right")
 
     def _walk(self, begin: int, count: int) -> np.ndarray:
         if count * self.stride < 1 << 62:
@@ -89,19 +90,103 @@ class Mixture:
             draw, self.points, self.stride, self.offset + self.points - high
         )
 
+
+class Mixture:
+    """Endless draws from leaves, by one list of shares for each phase.
+
+    `ends` are the first draws of the phases after the first that are known: those that were asked for in draws, and,
+    once they are reached, those of steps and tokens. Until then the phase before them goes on.
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        phases: Sequence[Sequence[fractions.Fraction]],
+        *,
+        seed: int,
+        ends: Sequence[int] = (),
+    ) -> None:
+        self.leaves, self.seed, self.ends = list(leaves), seed, tuple(ends)
+        self.wheels = [Wheel(shares, seed=seed) for shares in phases]
+        self._rows_of = np.array([max(1, leaf.rows) for leaf in leaves], np.int64)
+        self._pools = np.array([max(1, leaf.pool) for leaf in leaves], np.int64)
+        self._sizes = np.array([max(1, leaf.size) for leaf in leaves], np.int64)
+        self._starts = np.array([leaf.part[0] if leaf.part else 0 for leaf in leaves], np.int64)
+        self._held = np.array([leaf.held_out for leaf in leaves], np.int64)
+        self._keys = np.array([leaf.source for leaf in leaves], np.int64)
+        self._ordered = [i for i, leaf in enumerate(leaves) if leaf.order is not None]
+
+    def ending(self, ends: Sequence[int]) -> "Mixture":
+        """The same mixture with these phase boundaries."""
+        other = object.__new__(Mixture)
+        other.__dict__.update(self.__dict__, ends=tuple(ends))
+        return other
+
+    def block(self, first: int, count: int) -> Draws:
+        """Draws first .. first + count - 1."""
+        parts = []
+        while count > 0:
+            phase = self.phase_of(first)
+            here = count if phase >= len(self.ends) else min(count, self.ends[phase] - first)
+            parts.append(self._block(phase, first, here))
+            first, count = first + here, count - here
+        if len(parts) == 1:
+            return parts[0]
+        none = Draws(*(np.zeros(0, np.int64) for _ in range(3)))
+        return Draws(*(np.concatenate(columns) for columns in zip(none, *parts, strict=True)))
+
+    def phase_of(self, draw: int) -> int:
+        """The phase that a draw is in, from 0."""
+        return bisect.bisect_right(self.ends, draw)
+
+    def drawn_before(self, draw: int, leaf: int) -> int:
+        """How many of the draws 0 .. draw - 1 fell on this leaf."""
+        total, begin = 0, 0
+        for wheel, end in zip(self.wheels, (*self.ends, draw), strict=False):
+            end = min(end, draw)
+            total += wheel.drawn_before(end, leaf) - (wheel.drawn_before(begin, leaf) if begin else 0)
+            if end == draw:
+                break
+            begin = end
+        return total
+
+    def _block(self, phase: int, first: int, count: int) -> Draws:
+        leaf = self.wheels[phase].leaves(first, count)
+        rank = np.empty(count, np.int64)
+        order = np.argsort(leaf, kind="stable")
+        present, at = np.unique(leaf[order], return_index=True)
+        for i, start, stop in zip(present.tolist(), at.tolist(), [*at[1:].tolist(), count], strict=True):
+            rank[order[start:stop]] = self.drawn_before(first, i) + np.arange(stop - start)
+        return self._rows(leaf.astype(np.int64), rank)
+
     def _rows(self, leaf: np.ndarray, rank: np.ndarray) -> Draws:
-        rows = np.array([max(1, x.rows) for x in self.leaves], np.int64)[leaf]
-        epoch = rank // rows
-        keys = _mix(np.uint64(self.seed), leaf.astype(np.uint64), epoch.astype(np.uint64))
-        row = permute(rank % rows, rows, keys)
-        return Draws(leaf.astype(np.int64), self._past_held_out(leaf, row), epoch)
+        rows = self._rows_of[leaf]
+        epoch, place = rank // rows, self._starts[leaf] + rank % rows
+        source = self._keys[leaf].astype(np.uint64)
+        row = permute(place, self._pools[leaf], _mix(np.uint64(self.seed), source, epoch.astype(np.uint64)))
+        row = self._past_held_out(leaf, row)
+        for i in self._ordered:
+            at = np.flatnonzero(leaf == i)
+            row[at] = np.asarray(self.leaves[i].order)[place[at]]
+        return Draws(leaf, row, epoch)
 
     def _past_held_out(self, leaf: np.ndarray, row: np.ndarray) -> np.ndarray:
-        held = np.array([x.held_out for x in self.leaves], np.int64)[leaf]
+        held = self._held[leaf]
         if not held.any():
             return row
-        sizes = np.array([max(1, x.size) for x in self.leaves], np.int64)[leaf]
-        return np.where(held > 0, permute(row + held, sizes, hold_out_keys(self.seed, leaf)), row)
+        keys = hold_out_keys(self.seed, self._keys[leaf])
+        return np.where(held > 0, permute(row + held, self._sizes[leaf], keys), row)
+
+    def first_seen_whole(self, leaf: int) -> int:
+        """The number of draws after which a leaf has been seen its epochs."""
+        wanted = max(1, round(self.leaves[leaf].rows * self.leaves[leaf].epochs))
+        low, high = 0, 1
+        while self.drawn_before(high, leaf) < wanted:
+            low, high = high, high * 2
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.drawn_before(middle, leaf) >= wanted else (middle + 1, high)
+        return low
 
 
 class InOrder:
@@ -124,6 +209,14 @@ def held_out_rows(size: int, count: int, *, seed: int, source: int) -> np.ndarra
     return np.sort(permute(at, np.full(count, size, np.int64), hold_out_keys(seed, np.full(count, source))))
 
 
+def not_held_out(at: np.ndarray, size: int, held: int, *, seed: int, source: int) -> np.ndarray:
+    """The rows at places `at` of those that are not held out, in no telling order; all int64 [n]."""
+    if not held:
+        return at
+    keys = hold_out_keys(seed, np.full(len(at), source))
+    return permute(at + held, np.full(len(at), size, np.int64), keys)
+
+
 def hold_out_keys(seed: int, leaf: np.ndarray) -> np.ndarray:
     """The permutation key that decides which rows of a source are held out."""
     return _mix(np.uint64(seed), leaf.astype(np.uint64), np.uint64(2**64 - 1))
@@ -131,7 +224,12 @@ def hold_out_keys(seed: int, leaf: np.ndarray) -> np.ndarray:
 
 def integer_rates(rates: Sequence[fractions.Fraction]) -> list[int]:
     """Whole numbers in the given proportions: exact while they fit, else rounded at one part in 2^40."""
-    denominator = math.lcm(*(rate.denominator for rate in rates))
+    denominator = 1
+    for rate in rates:
+        denominator = math.lcm(denominator, rate.denominator)
+        if denominator.bit_length() > 256:  # far past what fits
+            total = sum(rates)
+            return [max(1, int(rate * _MAX_POINTS / total)) if rate else 0 for rate in rates]
     whole = [int(rate * denominator) for rate in rates]
     shared = math.gcd(*whole) or 1
     whole = [rate // shared for rate in whole]

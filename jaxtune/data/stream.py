@@ -3,14 +3,16 @@
 A *window* is W consecutive draws of the mixture, rendered, tokenised and packed: a pure function of its number.
 *Lane* v runs windows v, v + lanes, ...; row i of every global batch comes from lane `i * lanes // batch_rows`. The
 state is one (window, row) per lane, so any number of hosts and workers gives the same batches, and any of them can
-go on where another stopped. Windows never cross the plan's epochs: a run may be given more epochs later.
+go on where another stopped. Windows never cross the plan's epochs: a run may be given more epochs later. Where a phase
+of the mixture ends after steps or tokens, the first window that no lane has begun is the next phase's first; the draw
+that this is becomes part of the state.
 """
 
 import collections
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -18,11 +20,14 @@ import numpy as np
 from absl import flags
 
 from jaxtune.batch import ExampleId, HostBatch
-from jaxtune.data import formats, funnel, packing, sources
+from jaxtune.data import formats, funnel, mixture, packing, sources
 from jaxtune.data.examples import RowReader
-from jaxtune.data.windows import LaneWindows, Window, WindowMaker
+from jaxtune.data.plan import MixturePlan
+from jaxtune.data.windows import LaneWindows, PhaseEnd, Window, WindowMaker
 
 QUARANTINE = "quarantine.jsonl"
+_TOLD_SOURCES = 30
+Exchange = Callable[[list[int]], Sequence[list[int]]]  # a host's numbers in, every host's out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Stream:
 
     `steps_per_run`: batches until the plan's epochs are seen, None when rows are too many to count beforehand (then
     `train.steps` must say) or when `train.steps` says so: then batches never end. `rows_of_windows` int64, where
-    counted. `fill`: share of positions that hold a token. `warnings` are sentences for just before step 1.
+    counted. `fill`: share of positions that hold a token. `warnings` are sentences for just before step 1. `identity`
+    names everything that the batches are a function of, `fingerprint` sums it up. `phase_ends`: of every phase but the
+    last.
     """
 
     maker: WindowMaker
@@ -39,14 +46,18 @@ class Stream:
     lanes: int
     funnel: funnel.Funnel
     source_names: tuple[str, ...]
+    source_tags: tuple[tuple[str, ...], ...]
     layouts: tuple[formats.Layout, ...]
     rows_of_windows: np.ndarray | None
     fill: float | None
     warnings: tuple[str, ...]
+    identity: Mapping[str, str]
     fingerprint: str
     workers: int
     on_bad_row: str
     output_dir: str | None
+    plan: MixturePlan | None = None
+    phase_ends: tuple[PhaseEnd, ...] = ()
 
     @property
     def steps_per_run(self) -> int | None:
@@ -64,16 +75,40 @@ class Stream:
     def initial_state(self) -> dict[str, Any]:
         """The state before the first batch; plain JSON."""
         lanes = [[lane, 0] for lane in range(self.lanes)]
-        return {"fingerprint": self.fingerprint, "batch": 0, "lanes": lanes}
+        state = {"fingerprint": self.fingerprint, "batch": 0, "lanes": lanes}
+        if self.phase_ends:
+            draws = self.maker.draws
+            assert isinstance(draws, mixture.Mixture)
+            state |= {"tokens": 0, "phases": list(draws.ends)}
+        return state
+
+    def refuse_other(self, identity: Mapping[str, str]) -> None:
+        """Raises ValueError naming what differs when `identity` is another stream's."""
+        keys = [*identity, *(key for key in self.identity if key not in identity)]
+        told = []
+        for key in keys:
+            if key not in self.identity:
+                told.append(f"{key} is gone")
+            elif key not in identity:
+                told.append(f"{key} is new")
+            elif identity[key] != self.identity[key]:
+                told.append(f"{key} is another (its data, wording, rate or options)")
+        if told:
+            more = f" and {len(told) - 5} more" if len(told) > 5 else ""
+            raise ValueError(
+                f"the data stream has changed since this run was saved: {'; '.join(told[:5])}{more}. Go back to the "
+                "old data and configuration, or give another output="
+            )
 
     def batches(
-        self, state: Mapping[str, Any], *, rows: range | None = None
+        self, state: Mapping[str, Any], *, rows: range | None = None, exchange: Exchange | None = None
     ) -> Iterator[tuple[HostBatch, dict[str, Any]]]:
         """Yields (batch, the state after it) from `state` on.
 
         `rows` are the rows of the global batch that this host makes, all by default. A state knows only the lanes that
-        were run for it, None for the others; `merge_states` joins the hosts' states for a checkpoint. Raises ValueError
-        for a state of another stream.
+        were run for it, None for the others; `merge_states` joins the hosts' states for a checkpoint. `exchange` hands
+        some numbers of this host to all hosts and theirs to this one: several hosts need it where phases end after
+        steps or tokens. Raises ValueError for a state of another stream.
         """
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
@@ -89,14 +124,18 @@ class Stream:
         missing = [lane for lane, cursor in enumerate(state["lanes"]) if cursor is None]
         if missing:
             raise ValueError(f"this state knows nothing of lanes {missing}: join the hosts' states with merge_states")
+        if exchange is None and len(rows) < self.batch_rows and any(end.kind != "draws" for end in self.phase_ends):
+            raise ValueError("phases that end after steps or tokens need `exchange` where a host has only some rows")
         cursors = {lane: list(state["lanes"][lane]) for lane in needed}
-        return self._run(int(state["batch"]), self.steps_left(state), lanes, rows, cursors)
+        return self._run(state, lanes, rows, cursors, exchange or (lambda numbers: [numbers]))
 
     def _run(
-        self, batch: int, left: int | None, lanes: int, rows: range, cursors: dict[int, list[int]]
+        self, state: Mapping[str, Any], lanes: int, rows: range, cursors: dict[int, list[int]], exchange: Exchange
     ) -> Iterator[tuple[HostBatch, dict[str, Any]]]:
-        windows = self._windows(lanes, {lane: window for lane, (window, _) in cursors.items()})
+        batch, left = int(state["batch"]), self.steps_left(state)
+        tokens, ends = int(state.get("tokens", 0)), list(state.get("phases", ()))
         waiting: dict[int, collections.deque[tuple[int, Window]]] = {lane: collections.deque() for lane in cursors}
+        windows = self._windows(lanes, cursors, ends)
         share = self.batch_rows // lanes
         last = None if left is None else batch + left
         while last is None or batch < last:
@@ -104,12 +143,45 @@ class Stream:
             # Row i is row i - lane * share of its lane's portion.
             picked = [taken[i * lanes // self.batch_rows][i % share] for i in rows]
             batch += 1
-            state = [list(cursors[lane]) if lane in cursors else None for lane in range(lanes)]
-            yield self._batch(picked), {"fingerprint": self.fingerprint, "batch": batch, "lanes": state}
+            made = self._batch(picked)
+            after: dict[str, Any] = {"fingerprint": self.fingerprint, "batch": batch}
+            if self.phase_ends:
+                counts = any(end.kind == "tokens" for end in self.phase_ends[len(ends) :])
+                tokens += sum(n for [n] in exchange([int((made.arrays.segment_ids > 0).sum())])) if counts else 0
+                if self._phase_is_over(batch, tokens, len(ends)):
+                    # A window is begun once a row of it is taken; the first that no lane has begun opens the phase.
+                    begun = max(window + (row > 0) for window, row in cursors.values())
+                    first = max(n for [n] in exchange([begun]))
+                    ends = self._ends_after(ends, self.maker.first_draw(first))
+                    windows = self._windows(lanes, cursors, ends)
+                    waiting = {lane: collections.deque() for lane in cursors}
+                after |= {"tokens": tokens, "phases": list(ends)}
+            after["lanes"] = [list(cursors[lane]) if lane in cursors else None for lane in range(lanes)]
+            yield made, after
 
-    def _windows(self, lanes: int, at: Mapping[int, int]) -> Iterator[tuple[int, Window]]:
-        """Windows in order, made ahead by threads, or by processes with `data.workers`."""
-        ahead = grain.MapDataset.source(LaneWindows(self.maker, lanes=lanes, at=at)).to_iter_dataset(
+    def _phase_is_over(self, batch: int, tokens: int, phase: int) -> bool:
+        """Whether a phase that ends after steps or tokens ends with this batch."""
+        if phase >= len(self.phase_ends):
+            return False
+        end = self.phase_ends[phase]
+        return {"steps": batch, "tokens": tokens, "draws": -1}[end.kind] >= end.at
+
+    def _ends_after(self, ends: Sequence[int], reached: int) -> list[int]:
+        """The known ends with one more, and those after it that were asked for in draws."""
+        out = [*ends, reached]
+        for end in self.phase_ends[len(out) :]:
+            if end.kind != "draws":
+                break
+            out.append(max(out[-1], end.at))
+        return out
+
+    def _windows(
+        self, lanes: int, cursors: Mapping[int, Sequence[int]], ends: Sequence[int]
+    ) -> Iterator[tuple[int, Window]]:
+        """Windows in order, made ahead by threads, or by processes with `data.workers`; `ends` of the phases known."""
+        at = {lane: window for lane, (window, _) in cursors.items()}
+        maker = self.maker.ending(ends) if self.phase_ends else self.maker
+        ahead = grain.MapDataset.source(LaneWindows(maker, lanes=lanes, at=at)).to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(2, len(at)))
         )
         if self.workers:
@@ -175,14 +247,21 @@ class Stream:
         return HostBatch(packing.lay_out(rows, self.maker.length), tuple(names))
 
     def describe(self) -> str:
-        """What will be learnt from, for a person: layouts, one rendered example, the funnel."""
+        """What will be learnt from, for a person: layouts, one rendered example, the plan and the funnel."""
         lines = []
-        for name, layout, reader in zip(self.source_names, self.layouts, self.maker.readers, strict=True):
+        named = list(zip(self.source_names, self.layouts, self.maker.readers, strict=True))
+        for name, layout, reader in named[:_TOLD_SOURCES]:
             lines.append(f"{name}: format {layout.describe()}; template {reader.template.name}")
+        if len(named) > _TOLD_SOURCES:
+            lines.append(f"... and {len(named) - _TOLD_SOURCES:,} more sources")
         reader = self.maker.readers[0]
-        lines += [f"  {reader.template.checks.describe()}", "  one example, what is trained between « and »:"]
+        for told in dict.fromkeys(reader.template.checks.describe() for reader in self.maker.readers):
+            lines.append(f"  {told}")
+        lines.append("  one example, what is trained between « and »:")
         shown = example_text(reader)
         lines += [f"    {line}" for line in shown.splitlines()] + [self.funnel.table()]
+        if self.plan is not None and len(self.plan.leaves) > 1:
+            lines.append(self.plan.table())
         if self.fill is not None:
             lines.append(f"packing fills {self.fill:.1%} of {self.maker.length} positions a row; {self.lanes} lanes")
         return "\n".join(lines)

@@ -6,8 +6,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data import funnel, mixture, packing
+from jaxtune.data import lengths, mixture, packing
 from jaxtune.data.examples import RowReader
+
+
+class PhaseEnd(NamedTuple):
+    """Where a phase of the mixture ends: after so many `steps`, `tokens` of data, or `draws`, since the run began."""
+
+    kind: str
+    at: int
+
+    def __str__(self) -> str:
+        return f"{self.at:,} {self.kind}"
 
 
 class Window(NamedTuple):
@@ -29,7 +39,7 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WindowMaker:
-    """Makes any window by its number; what workers run."""
+    """Makes any window by its number; what workers run. `readers` has one for each leaf of the mixture."""
 
     readers: tuple[RowReader, ...]
     draws: mixture.Mixture | mixture.InOrder
@@ -52,6 +62,15 @@ class WindowMaker:
             return None
         epochs, rest = divmod(self.total, self.epoch_draws)
         return epochs * self.per_epoch + -(-rest // self.size)
+
+    def first_draw(self, window: int) -> int:
+        """The first draw of a window."""
+        return self._span(window)[0]
+
+    def ending(self, ends: Sequence[int]) -> "WindowMaker":
+        """The same windows with these boundaries of the mixture's phases."""
+        assert isinstance(self.draws, mixture.Mixture)
+        return dataclasses.replace(self, draws=self.draws.ending(ends))
 
     def draw(self, window: int) -> mixture.Draws:
         """The draws of a window; none past the end."""
@@ -85,7 +104,8 @@ class WindowMaker:
         results: list[Any] = [None] * len(draws.source)
         for s in np.unique(draws.source).tolist():
             at = np.flatnonzero(draws.source == s)
-            for i, result in zip(at.tolist(), self.readers[s].read(draws.row[at].tolist()), strict=True):
+            read = self.readers[s].read(draws.row[at].tolist(), draws.epoch[at].tolist())
+            for i, result in zip(at.tolist(), read, strict=True):
                 results[i] = result
         examples, ids, bad = [], [], []
         for i, result in enumerate(results):
@@ -133,15 +153,14 @@ class LaneWindows:
         return number, self.maker.make(number)
 
 
-def window_lengths(draws: mixture.Draws, tables: Sequence[funnel.RowTable]) -> list[int]:
+def window_lengths(draws: mixture.Draws, tables: Sequence[lengths.RowTable]) -> list[int]:
     """Lengths of the examples of some draws, in the order of the draws."""
     owner, found = [], []
     for s in np.unique(draws.source).tolist():
         at = np.flatnonzero(draws.source == s)
-        entries = np.searchsorted(tables[s].rows, draws.row[at])
-        lengths, counts = tables[s].examples_of(entries)
+        of_each, counts = tables[s].examples_of(tables[s].entries(draws.row[at], draws.epoch[at]))
         owner.append(np.repeat(at, counts))
-        found.append(lengths)
+        found.append(of_each)
     if not found:
         return []
     order = np.argsort(np.concatenate(owner), kind="stable")

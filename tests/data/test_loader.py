@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config import SourceConfig, TuningConfig
-from jaxtune.data import loader
+from jaxtune.data import loader, tree
 from jaxtune.data.chat_templates import BUILT_INS
 from jaxtune.data.stream import merge_states
 
@@ -305,7 +305,7 @@ def test_evaluation_sources_have_no_weight_and_no_epochs(open_, write_rows, key,
 
 def test_a_glob_is_named_by_its_folder():
     paths = ("builtin:quickstart/train/*.jsonl.gz", "d/valid/part-*.jsonl", "gs://b/c/**/x.jsonl", "*.jsonl")
-    names = loader.source_names([SourceConfig(path=path) for path in paths])
+    names = tree.source_names([SourceConfig(path=path) for path in paths])
     assert names == ("train", "valid", "x", "*.jsonl")
 
 
@@ -392,7 +392,7 @@ def test_known_faults_of_real_data(shared, llama_tokenizer):
     assert alpaca.lost["empty answer"].rows == 4 and "empty answer" not in gsm8k.lost
     assert gsm8k.kept == 7473 and all(s.turns == s.stops for s in stream.funnel.sources)
     assert stream.fill > 0.98 and stream.steps_per_run > 500
-    assert [reader.layout.format for reader in stream.maker.readers] == ["alpaca", "alpaca", "prompt_completion"]
+    assert [reader.layout.format for reader in stream.maker.readers] == ["alpaca", "dolly", "prompt_completion"]
     with pytest.raises(ValueError, match="trec: none of its 1,200 rows can be trained on"):
         columns = {"prompt": "inputs", "completion": "targets"}
         source = {"path": str(shared / "t0" / "trec.jsonl.gz"), "columns": columns}

@@ -1,0 +1,261 @@
+"""The leaves of a tree opened: files found, layouts decided, templates bound, rows trained on or held out."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtune.config import Config, SourceConfig
+from jaxtune.data import formats, lengths, mixture, sources, tasks, templates
+from jaxtune.data.examples import ExampleOptions, RowReader
+from jaxtune.data.records import RowError
+from jaxtune.data.shares import style_parts
+from jaxtune.data.tree import Node, prune
+
+_DETECTION_ROWS = 20
+_CHECKED_ROWS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenLeaf:
+    """A leaf with what reads it; of the `size` rows of its source the hold-out keeps `held_out` for evaluation."""
+
+    node: Node
+    reader: RowReader
+    held_out: int
+    part: tuple[int, int] | None
+
+    @property
+    def size(self) -> int:
+        """Rows of its source."""
+        return len(self.reader.source)
+
+    @property
+    def pool(self) -> int:
+        """Rows of its source that are trained on, in whatever style."""
+        return self.size - self.held_out
+
+    def held_rows(self, seed: int) -> np.ndarray:
+        """The rows held out, int64 ascending."""
+        return mixture.held_out_rows(self.size, self.held_out, seed=seed, source=self.node.source)
+
+    def rows(self, seed: int, sample: int | None = None) -> np.ndarray:
+        """The rows trained on, int64 ascending: all, or `sample` of them spread evenly."""
+        if sample is not None and sample < self.pool:
+            at = np.linspace(0, self.pool - 1, sample).astype(np.int64)
+            return np.sort(mixture.not_held_out(at, self.size, self.held_out, seed=seed, source=self.node.source))
+        rows = np.arange(self.size, dtype=np.int64)
+        return rows if not self.held_out else np.delete(rows, self.held_rows(seed))
+
+
+class Opener:
+    """Opens trees of one run: each source, template and phrasing once."""
+
+    def __init__(self, config: Config, *, tokenizer: Any, max_length: int, cache_dir: str | None) -> None:
+        self.config, self.tokenizer, self.cache_dir = config, tokenizer, cache_dir
+        # Those of all sources, so that a template is refused before any source is read.
+        named = {source.template for source in every_source((*config.data.train, *config.data.eval)) if source.template}
+        self.templates = {
+            name: templates.load_template(name, tokenizer) for name in sorted({config.data.template, *named})
+        }
+        self.text_template = templates.load_template("plain", tokenizer)
+        self.options = ExampleOptions(
+            max_length=max_length,
+            train_on=config.data.train_on,
+            overlong=config.data.overlong,
+            loss_weighting=config.tuning.loss_weighting,
+            reasoning=config.data.reasoning,
+        )
+
+    def find(self, root: Node) -> tuple[dict[int, sources.Source], Node, tuple[str, ...]]:
+        """Opens the sources of a tree, by number; returns them, the tree of those found, and the names of the others.
+
+        Raises ValueError listing every source that is not there, unless data.missing says to skip them.
+        """
+        opened: dict[int, sources.Source] = {}
+        missing: dict[str, str] = {}
+        gone: set[int] = set()
+        for leaf in root.leaves():
+            if leaf.source in opened or leaf.source in gone:
+                continue
+            try:
+                opened[leaf.source] = sources.open_source(leaf.config, cache_dir=self.cache_dir)
+            except sources.MissingSource as problem:
+                gone.add(leaf.source)
+                missing[leaf.name] = str(problem)
+        if not missing:
+            return opened, root, ()
+        if self.config.data.missing == "error":
+            told = list(missing.values())
+            raise ValueError(
+                "\n".join(
+                    [
+                        *told[:20],
+                        *([f"... and {len(told) - 20:,} more sources that are not there"] if len(told) > 20 else []),
+                        *(
+                            [
+                                f"{len(told):,} of {sum(1 for _ in root.leaves()):,} sources are not there; "
+                                "data.missing=skip trains on the others, with their shares scaled up"
+                            ]
+                            if len(told) > 1
+                            else []
+                        ),
+                    ]
+                )
+            )
+        names = {leaf.name for leaf in root.leaves() if leaf.source in gone}
+        kept = prune(root, names)
+        if kept is None:
+            raise ValueError(f"{root.where}: none of the sources is there; the first: {next(iter(missing.values()))}")
+        return opened, kept, tuple(leaf.name for leaf in root.leaves() if leaf.source in gone)
+
+    def open(
+        self,
+        root: Node,
+        opened: dict[int, sources.Source],
+        *,
+        fraction: float,
+        excluded: np.ndarray | None = None,
+    ) -> tuple[OpenLeaf, ...]:
+        """A reader for each leaf; `fraction` of each source's rows is held out, `excluded` are hashes of examples."""
+        layouts: dict[int, formats.Layout] = {}
+        out = []
+        for leaf, part in _with_parts(root, opened, fraction):
+            source = opened[leaf.source]
+            if leaf.source not in layouts:
+                layouts[leaf.source] = _layout(source, leaf.config)
+            layout = layouts[leaf.source]
+            held = held_out(len(source), fraction)
+            out.append(OpenLeaf(leaf, self._reader(leaf, source, layout, held=held, excluded=excluded), held, part))
+        return tuple(out)
+
+    def _reader(
+        self, leaf: Node, source: sources.Source, layout: formats.Layout, *, held: int, excluded: np.ndarray | None
+    ) -> RowReader:
+        seed = self.config.seed
+        phrasing = tasks.load_phrasing(
+            leaf.config,
+            task=leaf.task,
+            style=leaf.style,
+            seed=seed,
+            layout=layout,
+            count_tokens=self._count_tokens,
+            template_name=leaf.template,
+        )
+        pool = None
+        if held and phrasing is not None:
+            pool = np.delete(
+                np.arange(len(source)), mixture.held_out_rows(len(source), held, seed=seed, source=leaf.source)
+            )
+        if phrasing is not None:
+            first = [fields for i in range(min(len(source), _CHECKED_ROWS)) if (fields := _fields(source, layout, i))]
+            try:
+                phrasing.check(first)
+            except ValueError as problem:
+                raise ValueError(f"{leaf.name}: {problem}") from problem
+        return RowReader(
+            source,
+            layout,
+            self.templates[leaf.config.template or self.config.data.template],
+            text_template=self.text_template,
+            options=self.options,
+            phrasing=phrasing,
+            exemplar_rows=pool,
+            excluded=excluded,
+        )
+
+    def _count_tokens(self, texts: Sequence[str]) -> list[int]:
+        encoded = self.tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [len(encoding.ids) for encoding in encoded]
+
+
+def _with_parts(
+    root: Node, opened: dict[int, sources.Source], fraction: float
+) -> Iterator[tuple[Node, tuple[int, int] | None]]:
+    """The leaves, those that are styles of one source with their part of its rows."""
+    if root.same_rows:
+        size = len(opened[root.members[0].source])
+        yield from zip(root.members, style_parts(root, size - held_out(size, fraction)), strict=True)
+    elif not root.members:
+        yield root, None
+    else:
+        for member in root.members:
+            yield from _with_parts(member, opened, fraction)
+
+
+def held_out(size: int, fraction: float) -> int:
+    """How many rows of a source are held out: at least one, never all."""
+    return min(size - 1, max(1, round(size * fraction))) if fraction and size > 1 else 0
+
+
+def row_orders(leaves: Sequence[OpenLeaf], measure: Callable[[OpenLeaf], lengths.RowTable], seed: int) -> list[Any]:
+    """For each leaf the rows to draw in place of a shuffle, int64, or None.
+
+    Raises ValueError for a column that is not there or holds no numbers.
+    """
+    return [None if leaf.node.config.order == "shuffle" else _row_order(leaf, measure, seed) for leaf in leaves]
+
+
+def _row_order(leaf: OpenLeaf, measure: Callable[[OpenLeaf], lengths.RowTable], seed: int) -> np.ndarray:
+    rows, by = leaf.rows(seed), leaf.node.config.order
+    sign, column = (-1, by[1:]) if by.startswith("-") else (1, by)
+    if column == "file":
+        return rows[::sign]
+    if column == "length":
+        score = measure(leaf).columns["tokens"].astype(np.float64)
+    else:
+        score = np.array([_score(leaf, int(row), column) for row in rows])
+    return rows[np.argsort(sign * score, kind="stable")]
+
+
+def _score(leaf: OpenLeaf, row: int, column: str) -> float:
+    try:
+        value = leaf.reader.source.row(row).get(column)
+    except RowError:
+        return np.inf  # told of by the length pass
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"{leaf.reader.source.where(row)}: column {column!r} is {value!r}; expected a number to order by "
+            f"({leaf.node.where}.order)"
+        )
+    return float(value)
+
+
+def _layout(opened: sources.Source, source: SourceConfig) -> formats.Layout:
+    """Decided by the first rows that can be read; unreadable ones are told of later, by the rule for them."""
+    first, error = [], None
+    for i in range(min(len(opened), 5 * _DETECTION_ROWS)):
+        try:
+            first.append(opened.row(i))
+        except RowError as problem:
+            error = error or f"{opened.where(i)}: {problem}"
+        if len(first) == _DETECTION_ROWS:
+            break
+    if not first:
+        raise ValueError(error or f"{source.path}: found no rows; expected at least one")
+    try:
+        return formats.find_layout(
+            first, format=_format(source), columns=source.columns, options=source.options, system=source.system
+        )
+    except ValueError as problem:
+        raise ValueError(f"{source.path}: {problem}") from problem
+
+
+def _format(source: SourceConfig) -> str:
+    """Templates are filled from columns, whatever these are, unless a format is named."""
+    return "fields" if source.templates is not None and source.format == "auto" else source.format
+
+
+def _fields(source: sources.Source, layout: formats.Layout, row: int) -> Any:
+    try:
+        return layout.fields(source.row(row))
+    except RowError:
+        return None
+
+
+def every_source(listed: Sequence[SourceConfig]) -> Iterator[SourceConfig]:
+    """The sources and, below groups, their members."""
+    for source in listed:
+        yield source
+        yield from every_source(source.sources)

@@ -1,0 +1,222 @@
+"""The length pass: every row rendered and tokenised once before the run, or taken from the cache of an earlier pass.
+
+What is kept of a row is the lengths of its examples and what was lost, under a key of everything that decides it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data.examples import RowReader
+from jaxtune.data.records import NothingToLearn, RowError
+
+Progress = Callable[[int, int], None]
+_BLOCK = 1024
+_VERSION = "3"  # of everything between a row and its tokens: raise it when the code's answer changes
+_COLUMNS = ("tokens", "trained", "lost", "turns", "stops", "reason", "bad", "examples")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTable:
+    """What became of each of `rows` (int64 [n]): arrays [n], and `lengths` of all their examples in order.
+
+    `epochs` int64 [n] where a row's examples depend on the epoch, else None; entries ascend by epoch, then by row.
+    `reason` indexes `reasons`, whose entry 0 is for rows without loss; `messages` tells each bad row's full story.
+    """
+
+    rows: np.ndarray
+    epochs: np.ndarray | None
+    columns: Mapping[str, np.ndarray]
+    lengths: np.ndarray
+    reasons: tuple[str, ...]
+    messages: Mapping[int, str]
+
+    def entries(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """The table's entries for these draws, all of which must be in it."""
+        if self.epochs is None:
+            return np.searchsorted(self.rows, rows)
+        return np.searchsorted(_pair_keys(self.rows, self.epochs), _pair_keys(rows, epochs))
+
+    def examples_of(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths of the examples of the table's entries `at`, in order, and how many each entry has."""
+        counts = self.columns["examples"][at]
+        first = np.concatenate([[0], np.cumsum(self.columns["examples"])])[at]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.lengths[np.repeat(first, counts) + within], counts
+
+    def mean_tokens(self) -> float:
+        """Tokens that an average draw brings; rows without an example bring none."""
+        return float(self.columns["tokens"].mean()) if len(self.rows) else 0.0
+
+
+class Wanted(NamedTuple):
+    """Rows to measure, int64 ascending; with their epochs where these matter, ascending by (epoch, row)."""
+
+    rows: np.ndarray
+    epochs: np.ndarray | None = None
+
+
+def pairs(rows: np.ndarray, epochs: np.ndarray) -> Wanted:
+    """The different (row, epoch) pairs of some draws."""
+    keys = np.unique(_pair_keys(rows, epochs))
+    return Wanted(keys & ((1 << 40) - 1), keys >> 40)
+
+
+def _pair_keys(rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    return (epochs.astype(np.int64) << 40) | rows.astype(np.int64)
+
+
+def measure(
+    readers: Sequence[RowReader], wanted: Sequence[Wanted], *, cache_dir: str, progress: Progress | None = None
+) -> list[RowTable]:
+    """A table for each reader: from the cache, or by reading the rows.
+
+    All tables of a stream are kept in one file, so that thousands of sources open at once; a source that was measured
+    beside others before is found again under its own key.
+    """
+    folder = os.path.join(cache_dir, "lengths")
+    own = [_wanted_key(key, which) for key, which in zip(reader_keys(readers), wanted, strict=True)]
+    together = os.path.join(folder, f"{_digest(*own)}.npz")
+    found = _load(together)
+    if found is not None:
+        return found
+    total, done, tables = sum(len(which.rows) for which in wanted), 0, []
+    for reader, which, key in zip(readers, wanted, own, strict=True):
+        path = os.path.join(folder, f"{key}.npz")
+        saved = _load(path)
+        if saved is None:
+            saved = [_read_all(reader, which, progress, done, total)]
+            if len(readers) > 1:
+                _save(path, saved)
+        tables += saved
+        done += len(which.rows)
+    _save(together, tables)
+    return tables
+
+
+def cached_hashes(readers: Sequence[RowReader], keys: Sequence[str], cache_dir: str) -> np.ndarray:
+    """Content hashes of all rows of some readers, uint64 ascending, each once; from the cache, or by reading them."""
+    path = os.path.join(cache_dir, "lengths", f"hashes-{_digest(*keys)}.npy")
+    if os.path.exists(path):
+        return np.load(path)
+    found: list[int] = []
+    for reader in readers:
+        for row in range(len(reader.source)):
+            with contextlib.suppress(RowError, NothingToLearn):  # told of where the row itself is counted
+                found += reader.hashes(row)
+    hashes = np.unique(np.array(found, np.uint64))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as aside:
+        np.save(aside, hashes)
+    os.replace(aside.name, path)
+    return hashes
+
+
+def reader_keys(readers: Sequence[RowReader]) -> list[str]:
+    """Names everything that decides what a row becomes: data bytes, layout, templates, tokenizer, options, code."""
+    tokenizers: dict[int, str] = {}
+    keys = []
+    for reader in readers:
+        tokenizer = reader.template.tokenizer
+        if id(tokenizer) not in tokenizers:  # hundreds of readers share one, and its text has megabytes
+            special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+            tokenizers[id(tokenizer)] = _digest(tokenizer.backend_tokenizer.to_str(), special)
+        keys.append(
+            _digest(
+                _VERSION,
+                reader.source.fingerprint,
+                repr(reader.layout),
+                reader.template.text,
+                reader.text_template.text,
+                tokenizers[id(tokenizer)],
+                repr(reader.options),
+                reader.key,
+            )
+        )
+    return keys
+
+
+def _wanted_key(key: str, wanted: Wanted) -> str:
+    digest = hashlib.blake2b(key.encode(), digest_size=16)
+    for array in wanted:
+        digest.update(b"\0" if array is None else array.tobytes())
+    return digest.hexdigest()
+
+
+def _read_all(reader: RowReader, wanted: Wanted, progress: Progress | None, done: int, total: int) -> RowTable:
+    reasons: dict[str, int] = {"": 0}
+    entries: list[tuple[int, ...]] = []
+    lengths: list[int] = []
+    messages: dict[int, str] = {}
+    rows, epochs = wanted
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK].tolist()
+        when = [0] * len(block) if epochs is None else epochs[start : start + _BLOCK].tolist()
+        for row, r in zip(block, reader.read(block, when), strict=True):
+            code = reasons.setdefault(r.reason or "", len(reasons))
+            lengths += [len(example.tokens) for example in r.examples]
+            entries.append((r.tokens, r.trained, r.lost_tokens, r.turns, r.stops, code, r.bad, len(r.examples)))
+            if r.bad:
+                messages[row] = r.message
+        if progress is not None:
+            progress(done + min(start + _BLOCK, len(rows)), total)
+    array = np.array(entries, np.int64).reshape(-1, len(_COLUMNS))
+    columns = {key: array[:, i].copy() for i, key in enumerate(_COLUMNS)}
+    return RowTable(rows, epochs, columns, np.array(lengths, np.int32), tuple(reasons), messages)
+
+
+def _save(path: str, tables: Sequence[RowTable]) -> None:
+    """Writes tables end to end, aside first, so that no half file is ever found."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    told = [
+        {
+            "rows": len(t.rows),
+            "varies": t.epochs is not None,
+            "lengths": len(t.lengths),
+            "reasons": t.reasons,
+            "messages": {str(k): v for k, v in t.messages.items()},
+        }
+        for t in tables
+    ]
+    arrays: dict[str, Any] = {key: np.concatenate([t.columns[key] for t in tables]) for key in _COLUMNS}
+    arrays["row_numbers"] = np.concatenate([t.rows for t in tables])
+    arrays["epochs"] = np.concatenate([np.zeros_like(t.rows) if t.epochs is None else t.epochs for t in tables])
+    arrays["lengths"] = np.concatenate([t.lengths for t in tables])
+    arrays["told"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as aside:
+        np.savez(aside, **arrays)
+    os.replace(aside.name, path)
+
+
+def _load(path: str) -> list[RowTable] | None:
+    """The tables of a file; None when it is not there."""
+    if not os.path.exists(path):
+        return None
+    with np.load(path) as saved:
+        arrays = {key: saved[key] for key in saved.files}
+    tables, row, length = [], 0, 0
+    for told in json.loads(arrays["told"].tobytes()):
+        here, there = slice(row, row + told["rows"]), slice(length, length + told["lengths"])
+        row, length = here.stop, there.stop
+        tables.append(
+            RowTable(
+                rows=arrays["row_numbers"][here],
+                epochs=arrays["epochs"][here] if told["varies"] else None,
+                columns={key: arrays[key][here] for key in _COLUMNS},
+                lengths=arrays["lengths"][there],
+                reasons=tuple(told["reasons"]),
+                messages={int(k): v for k, v in told["messages"].items()},
+            )
+        )
+    return tables
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()

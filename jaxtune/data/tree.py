@@ -1,0 +1,301 @@
+"""The tree of sources that a configuration describes, down to the leaves that are drawn from.
+
+A group's members, a table's tasks, a task's templates and a source's styles are all nodes of one kind: members that
+share the draws of their parent by its `mixing`. What the shares come to is said in `shares.py`.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from jaxtune import hub
+from jaxtune.config import Config, HoldOutConfig, MixingConfig, SourceConfig
+
+# Keys of a group that its members have too, unless they say otherwise.
+INHERITED = (
+    *("revision", "name", "split", "format", "options", "columns", "template", "system", "templates", "each_template"),
+    *("slots", "styles", "shots", "shot_tokens", "cluster", "order"),
+)
+_PATTERNS = ("path", "task", "name", "split", "templates", "cluster")  # what may hold a table's {columns}
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A leaf, which rows are drawn from, or members that share draws.
+
+    `name` is its path of ids, `where` its key in the configuration. Leaves that are styles of one source have the same
+    `source` number; a leaf's `style` and `template` say how its rows are worded. `same_rows`: the members are styles of
+    one source's rows, each row having one of them in an epoch.
+    """
+
+    name: str
+    where: str
+    config: SourceConfig
+    tags: tuple[str, ...]
+    weight: Fraction | None = None
+    epochs: Fraction = Fraction(1)
+    mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
+    members: tuple["Node", ...] = ()
+    same_rows: bool = False
+    source: int = -1
+    style: str = "zero_shot"
+    template: str | None = None
+
+    @property
+    def task(self) -> str:
+        """The name that tables of templates and of clusters know it by."""
+        return self.config.task or self.config.id or short_name(self.config.path or self.name)
+
+    def leaves(self) -> Iterator["Node"]:
+        """The leaves under it, in order."""
+        if not self.members:
+            yield self
+        for member in self.members:
+            yield from member.leaves()
+
+
+def expand(
+    config: Config,
+    sources: Sequence[SourceConfig],
+    *,
+    key: str,
+    template_names: Callable[[SourceConfig, str], list[str]],
+) -> Node:
+    """The tree of `data.train` or `data.eval`; `template_names` lists a source's templates for `each_template`.
+
+    Raises ValueError for a table that cannot be read, a pattern that names no column, and for two nodes of one name.
+    """
+    numbers = iter(range(1 << 62))
+    names = source_names(sources)
+    members = tuple(
+        _node(_rooted(source, config.data.root, f"{key}.{i}"), name, f"{key}.{i}", (), template_names, numbers)
+        for i, (source, name) in enumerate(zip(sources, names, strict=True))
+    )
+    root = Node(name="", where=key, config=SourceConfig(), tags=(), mixing=config.data.mixing, members=members)
+    _refuse_unknown_tags(config, root)
+    return root
+
+
+def _node(
+    source: SourceConfig,
+    name: str,
+    where: str,
+    outer_tags: tuple[str, ...],
+    template_names: Callable[[SourceConfig, str], list[str]],
+    numbers: Iterator[int],
+) -> Node:
+    """A source with everything below it."""
+    tags = tuple(dict.fromkeys((*outer_tags, *source.tags)))
+    node = Node(
+        name=name,
+        where=where,
+        config=source,
+        tags=tags,
+        weight=None if source.weight is None else Fraction(str(source.weight)),
+        epochs=Fraction(str(source.epochs)),
+        mixing=source.mixing,
+    )
+    inner = source.sources
+    if source.table is not None:
+        inner = _table_sources(source, where)
+        where = f"{where}.table"
+    if inner:
+        ids = source_names(inner)
+        members = tuple(
+            _node(_inherit(m, source), f"{name}/{i}", f"{where}.sources.{n}", tags, template_names, numbers)
+            for n, (m, i) in enumerate(zip(inner, ids, strict=True))
+        )
+        return dataclasses.replace(node, members=members)
+    if source.each_template:
+        found = template_names(source, node.task)
+        equal = MixingConfig(rates="epochs" if node.mixing.rates == "auto" else node.mixing.rates)
+        below = tuple(
+            _styled(dataclasses.replace(node, name=f"{name}/{t}", template=t, weight=None, epochs=Fraction(1)), numbers)
+            for t in found
+        )
+        return dataclasses.replace(node, members=below, mixing=equal)
+    return _styled(node, numbers)
+
+
+def _styled(node: Node, numbers: Iterator[int]) -> Node:
+    """The node itself, or its styles as members that share its rows."""
+    number = next(numbers)
+    styles = node.config.styles
+    if len(styles) < 2:
+        return dataclasses.replace(node, source=number, style=next(iter(styles), "zero_shot"))
+    members = tuple(
+        dataclasses.replace(
+            node,
+            name=f"{node.name}/{style}",
+            source=number,
+            style=style,
+            weight=Fraction(str(share)),
+            epochs=Fraction(1),
+            tags=tuple(dict.fromkeys((*node.tags, style))),
+        )
+        for style, share in styles.items()
+    )
+    return dataclasses.replace(node, members=members, same_rows=True, mixing=MixingConfig(rates="weights"))
+
+
+def _inherit(member: SourceConfig, group: SourceConfig) -> SourceConfig:
+    """The member with the group's keys where it has only defaults."""
+    defaults = SourceConfig()
+    taken = {
+        key: getattr(group, key)
+        for key in INHERITED
+        if getattr(member, key) == getattr(defaults, key) and getattr(group, key) != getattr(defaults, key)
+    }
+    return member.model_copy(update=taken)
+
+
+def _rooted(source: SourceConfig, root: str | None, where: str) -> SourceConfig:
+    """The source, and all below it, with {root} filled in."""
+    update: dict[str, Any] = {"sources": tuple(_rooted(s, root, f"{where}.{i}") for i, s in enumerate(source.sources))}
+    for field in ("path", "templates"):
+        value = getattr(source, field)
+        if isinstance(value, str) and "{root}" in value:
+            if root is None:
+                raise ValueError(f"{where}.{field}: found {value}, and data.root is not set; set data.root=FOLDER")
+            update[field] = value.replace("{root}", root.rstrip("/"))
+    if source.table is not None and "{root}" in source.table.path and root is not None:
+        update["table"] = source.table.model_copy(update={"path": source.table.path.replace("{root}", root)})
+    return source.model_copy(update=update)
+
+
+def _table_sources(source: SourceConfig, where: str) -> tuple[SourceConfig, ...]:
+    """A source for each row of the table that fits `where`."""
+    table = source.table
+    assert table is not None
+    rows = read_table(table.path, where=f"{where}.table.path")
+    wanted = {key: set(value) if isinstance(value, list | tuple) else {value} for key, value in table.where.items()}
+    columns = list(rows[0]) if rows else []
+    for key in (*wanted, *([table.examples] if table.examples else ())):
+        if key not in columns:
+            raise ValueError(
+                f"{where}.table: no column {key!r} in {table.path}; found {', '.join(columns) or 'no rows'}"
+            )
+    rows = [row for row in rows if all(row[key] in values for key, values in wanted.items())]
+    if not rows:
+        raise ValueError(f"{where}.table.where: no row of {table.path} has {table.where}; expected at least one")
+    out = []
+    for row in rows:
+        filled: dict[str, Any] = {
+            field: _fill(text, row, f"{where}.{field}", table.path)
+            for field in _PATTERNS
+            if isinstance(text := getattr(source, field), str)
+        }
+        filled["id"] = _fill(table.id, row, f"{where}.table.id", table.path)
+        examples = int(row[table.examples]) if table.examples else None
+        out.append(SourceConfig().model_copy(update={**filled, "examples": examples}))
+    return tuple(out)
+
+
+def _fill(text: str, row: Mapping[str, Any], where: str, table: str) -> str:
+    """The text with {column} replaced by the row's values."""
+
+    def value(match: re.Match) -> str:
+        if match[1] not in row:
+            raise ValueError(f"{where}: {{{match[1]}}} is no column of {table}; found {', '.join(row)}")
+        return str(row[match[1]])
+
+    return re.sub(r"\{(\w+)\}", value, text)
+
+
+def read_table(path: str, *, where: str) -> list[dict[str, Any]]:
+    """Rows of a small table: JSON lines, or CSV with a header. Raises ValueError naming `where`."""
+    try:
+        files = hub.resolve_files(path)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    with hub.open_file(files[0]) as file:
+        text = file.read().decode("utf-8-sig")
+    if files[0].endswith(".csv"):
+        return list(csv.DictReader(io.StringIO(text)))
+    try:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {path} is neither JSON lines nor CSV ({error})") from error
+
+
+def _refuse_unknown_tags(config: Config, root: Node) -> None:
+    known = {tag for leaf in root.leaves() for tag in leaf.tags}
+    asked = [(f"{root.where.rsplit('.', 1)[0]}.mixing.tags", config.data.mixing.tags)]
+    asked += [(f"data.phases.{i}.tags", phase.tags) for i, phase in enumerate(config.data.phases)]
+    for where, tags in asked:
+        for tag in tags:
+            if tag not in known and root.where == "data.train":
+                raise ValueError(f"{where}.{tag}: no source has this tag; found {', '.join(sorted(known)) or 'none'}")
+    ids = [member.name for member in root.members]
+    for i, phase in enumerate(config.data.phases):
+        for name in phase.weights:
+            if name not in ids and root.where == "data.train":
+                raise ValueError(f"data.phases.{i}.weights.{name}: no such source; found {', '.join(ids)}")
+
+
+def prune(node: Node, gone: set[str]) -> Node | None:
+    """The tree without the leaves named; None when nothing is left of it."""
+    if not node.members:
+        return None if node.name in gone else node
+    members = tuple(kept for member in node.members if (kept := prune(member, gone)) is not None)
+    return dataclasses.replace(node, members=members) if members else None
+
+
+def renumbered(node: Node, first: int) -> Node:
+    """The tree with its sources' numbers counted from `first`."""
+    members = tuple(renumbered(member, first) for member in node.members)
+    return dataclasses.replace(node, members=members, source=node.source + first)
+
+
+def short_name(path: str) -> str:
+    """A path's last part without its suffix; of a glob, the folder that it looks into."""
+    plain = [part for part in path.rstrip("/").split("/") if not set(part) & set("*?[")]
+    return (plain[-1].split(".")[0] if plain else "") or path
+
+
+def source_names(chosen: Sequence[SourceConfig]) -> tuple[str, ...]:
+    """A short name for each source: its id, else its path's last part, or the whole path where those are not unique."""
+    short = [source.id or short_name(source.path or f"group{i}") for i, source in enumerate(chosen)]
+    names = [s if short.count(s) == 1 or c.path is None else c.path for s, c in zip(short, chosen, strict=True)]
+    return tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
+
+
+# FLAN 2021's rules of its inter-cluster protocol: to test one of a pair, train on neither (FLAN, task_splits.py).
+EXCLUDED_WITH = {
+    "reading_comprehension": ("read_comp_and_common_sense",),
+    "common_sense": ("read_comp_and_common_sense",),
+    "read_comp_and_common_sense": ("reading_comprehension", "common_sense"),
+    "paraphrase": ("entailment",),
+    "entailment": ("paraphrase",),
+}
+
+
+def hold_out(root: Node, options: HoldOutConfig) -> tuple[set[str], set[str]]:
+    """Names of the leaves to evaluate on, and of those that must not be trained on beside them.
+
+    Raises ValueError for a cluster that no source belongs to.
+    """
+    if not options.clusters:
+        return set(), set()
+    with hub.open_file(hub.resolve_files(options.table)[0]) as file:
+        clusters: dict[str, list[str]] = json.load(file)
+    of_task = {task: cluster for cluster, tasks in clusters.items() for task in tasks}
+    found = {leaf.name: leaf.config.cluster or of_task.get(leaf.task) for leaf in root.leaves()}
+    for cluster in options.clusters:
+        if cluster not in found.values():
+            here = sorted({c for c in found.values() if c})
+            raise ValueError(
+                f"data.hold_out.clusters: no source is of cluster {cluster!r}; found {', '.join(here) or 'no cluster'} "
+                "(a source's cluster is its `cluster`, or that of its `task` in data.hold_out.table)"
+            )
+    held = set(options.clusters)
+    related = {other for cluster in held for other in EXCLUDED_WITH.get(cluster, ())} - held
+    return (
+        {name for name, cluster in found.items() if cluster in held},
+        {name for name, cluster in found.items() if cluster in related},
+    )
