@@ -15,7 +15,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.data.stream import Stream
 from jaxtune.memory import memory_explained
-from jaxtune.metrics import PEAK_FLOPS, Meter, MetricsLog, Terminal, memory_bytes
+from jaxtune.metrics import PEAK_FLOPS, Meter, MetricsLog, SourceLosses, Terminal, memory_bytes
 from jaxtune.optimizer import make_schedule
 from jaxtune.sharding import batch_sharding
 from jaxtune.step import EvalSums, StepMetrics, TrainState
@@ -79,6 +79,7 @@ class Loop:
         """
         self._schedule = make_schedule(self.config, self.steps)
         self._meter, self._skipped, self._best = Meter(), 0, best
+        self._sources = SourceLosses(self.stream.source_names, self.stream.source_tags)
         self._eval_loss: float | None = None
         self._needs = self.train_step.memory_analysis()
         self._evaluated = -1  # the update after which that loss was
@@ -91,7 +92,10 @@ class Loop:
         with self.terminal.bar(self.steps, done=start) as bar, _signals() as caught:
             for step in range(start + 1, self.steps + 1):
                 waiting = time.perf_counter()
+                phase = len(data_state.get("phases", ()))
                 batch, data_state = next(batches)
+                if len(data_state.get("phases", ())) > phase:
+                    self._tell_phase(step, data_state["phases"])
                 waited = time.perf_counter() - waiting
                 with memory_explained(self.config, self._needs):
                     state, metrics = self.train_step(state, frozen, self._put(batch))
@@ -125,12 +129,19 @@ class Loop:
             exit_code = self.config.train.preempted_exit_code if caught[0] == signal.SIGTERM else 130
         return state, Outcome(step, loss, self._eval_loss, exit_code, tokens, time.perf_counter() - began)
 
+    def _tell_phase(self, step: int, ends: list[int]) -> None:
+        """Records where a phase of the mixture that ends after steps or tokens has ended."""
+        self.log.write(step, phase=len(ends), phase_first_draw=ends[-1])
+        self.terminal.say(f"step {step}: phase {len(ends) + 1} of the mixture begins with draw {ends[-1]:,}")
+
     def _put(self, batch: HostBatch) -> Batch:
         return Batch(*jax.device_put(tuple(batch.arrays), batch_sharding(self.mesh)))
 
     def _watch(self, done: Done, bar: Any) -> float:
         """Reads an update's numbers, logs them when it is time, and stops a run that has gone wrong."""
-        metrics = StepMetrics(*(value.item() for value in jax.device_get(done.metrics)))
+        metrics = _on_host(done.metrics)
+        if metrics.finite:
+            self._sources.add(metrics.sources)
         if not metrics.finite:
             self._skipped += 1
             self.terminal.warn(
@@ -152,6 +163,7 @@ class Loop:
         peak = PEAK_FLOPS[kind] * self.mesh.devices.size if kind in PEAK_FLOPS else None
         rates = self._meter.rates(flops_per_token=self.flops_per_token, peak_flops=peak)
         learning_rate = float(self._schedule(step - 1))
+        sources, tags = self._sources.take()
         self.log.write(
             step,
             loss=metrics.loss,
@@ -161,6 +173,8 @@ class Loop:
             trained_tokens=metrics.trained_tokens,
             skipped_steps=self._skipped,
             memory_bytes=memory_bytes(self.mesh.devices.flat[0]),
+            sources=sources,
+            tags=tags,
             **rates,
         )
         rate = rates["tokens_per_second"] or 0.0
@@ -183,11 +197,24 @@ class Loop:
                 break
             with memory_explained(self.config, self._needs):
                 sums.append(self.eval_step(state.trainable, frozen, self._put(batch)))
-        totals = [math.fsum(float(value) for value in column) for column in zip(*jax.device_get(sums), strict=True)]
-        total = EvalSums(*totals)
-        weight = max(total.weight, 1e-9)
-        loss, accuracy = total.loss / weight, total.correct / weight
-        self.log.write(step, eval_loss=loss, eval_accuracy=accuracy, eval_tokens=int(total.tokens))
+        found: list[EvalSums] = jax.device_get(sums)
+        scalars = [[float(value) for value in one[:4]] for one in found]
+        loss_sum, weight, correct, tokens = (math.fsum(column) for column in zip(*scalars, strict=True))
+        weight = max(weight, 1e-9)
+        loss, accuracy = loss_sum / weight, correct / weight
+        by_source = SourceLosses(self.eval_stream.source_names, self.eval_stream.source_tags)
+        for one in found:
+            if one.sources is not None:
+                by_source.add(one.sources)
+        sources, tags = by_source.take()
+        self.log.write(
+            step,
+            eval_loss=loss,
+            eval_accuracy=accuracy,
+            eval_tokens=int(tokens),
+            eval_sources=sources,
+            eval_tags=tags,
+        )
         self.terminal.say(f"step {step}: held-out loss {loss:.4f}, token accuracy {accuracy:.1%}")
         self._eval_loss, self._evaluated = loss, step
         self._meter.reset()
@@ -202,10 +229,17 @@ class Loop:
             "step": step,
             "base": self.base_fingerprint,
             "data": data_state,
+            "stream": dict(self.stream.identity),
             "eval_loss": own if own is not None and math.isfinite(own) else None,
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpoints.save(step, state, run=run)
+
+
+def _on_host(metrics: StepMetrics) -> StepMetrics:
+    """Reads an update's numbers: scalars as plain numbers, sums by source as arrays."""
+    found: StepMetrics = jax.device_get(metrics)
+    return found._replace(**{name: value.item() for name, value in found._asdict().items() if name != "sources"})
 
 
 @contextlib.contextmanager

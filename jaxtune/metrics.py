@@ -8,9 +8,10 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import rich.console
 import rich.progress
 import tensorboardX
@@ -34,6 +35,42 @@ PEAK_FLOPS = {
 }
 
 
+_CHARTS = 50  # sources with charts of their own; metrics.jsonl has any number
+
+
+class SourceLosses:
+    """Sums by source between two reports."""
+
+    def __init__(self, names: Sequence[str], tags: Sequence[Sequence[str]]) -> None:
+        self._names = names
+        every = sorted({tag for of_one in tags for tag in of_one})
+        self._of_tag = {tag: [i for i, of_one in enumerate(tags) if tag in of_one] for tag in every}
+        self._sums = np.zeros((3, len(names)))
+
+    def add(self, sums: Sequence[Any]) -> None:
+        """Adds (weight x loss, weight, weight x correct), each `[S]`."""
+        self._sums += np.asarray(sums, np.float64)
+
+    def take(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Mean loss (nats), accuracy and weight since the last time, by source and by tag, of those that were seen.
+
+        None where there is nothing to tell apart: a single source, no tags.
+        """
+        sums, self._sums = self._sums, np.zeros_like(self._sums)
+        columns = {name: sums[:, i] for i, name in enumerate(self._names)} if len(self._names) > 1 else {}
+        tags = {tag: sums[:, at].sum(axis=1) for tag, at in self._of_tag.items()}
+        return _means(columns), _means(tags)
+
+
+def _means(sums: Mapping[str, Any]) -> dict[str, Any] | None:
+    seen = {
+        name: {"loss": loss / weight, "accuracy": correct / weight, "weight": weight}
+        for name, (loss, weight, correct) in sums.items()
+        if weight > 0
+    }
+    return seen or None
+
+
 class MetricsLog:
     """Writes numbers of numbered updates to every place that was asked for."""
 
@@ -48,12 +85,12 @@ class MetricsLog:
         self._board = tensorboardX.SummaryWriter(str(folder / "events"), **cut) if tensorboard else None
         self._wandb = _start_wandb(wandb, folder, config) if wandb else None
 
-    def write(self, step: int, **values: float | int | str | None) -> None:
-        """Writes one record of update `step`."""
+    def write(self, step: int, **values: float | int | str | Mapping[str, Any] | None) -> None:
+        """Writes one record of update `step`; a mapping (losses by source) is an object of the record."""
         record = {"step": step, **{key: _plain(value) for key, value in values.items() if value is not None}}
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        numbers = {key: value for key, value in _flat(record).items() if key != "step"}
         if self._board:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, step)
@@ -84,10 +121,24 @@ def cut_records(file: pathlib.Path, step: int) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, str | int):
         return value
     number = float(value)
     return number if math.isfinite(number) else str(number)  # JSON has no NaN: readers get the word
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, float]:
+    """The record's numbers; those of a mapping as key/name/what, unless it has more names than charts can show."""
+    out = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            if len(value) <= _CHARTS:
+                out.update({f"{key}/{name}": number for name, number in _flat(value).items()})
+        elif isinstance(value, int | float):
+            out[key] = value
+    return out
 
 
 def _start_wandb(project: str, folder: pathlib.Path, config: dict[str, Any]) -> Any:

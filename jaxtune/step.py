@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from jaxtune.batch import Batch
-from jaxtune.loss import token_losses
+from jaxtune.loss import TokenLosses, token_losses
 from jaxtune.sharding import constrain_parameters, parameter_shardings, replicated
 
 
@@ -30,8 +30,19 @@ class TrainState(NamedTuple):
     bad_steps: Any
 
 
+class SourceSums(NamedTuple):
+    """Sums over the trained tokens of each source, float32 `[S]`: weight x loss, weight, weight x correct."""
+
+    loss: Any
+    weight: Any
+    correct: Any
+
+
 class StepMetrics(NamedTuple):
-    """Scalars of one update. `loss` is the weighted mean in nats; `finite` says whether the update was applied."""
+    """Numbers of one update: scalars, but for `sources`. `loss` is the weighted mean in nats.
+
+    `finite` says whether the update was applied.
+    """
 
     loss: Any
     weight: Any
@@ -40,6 +51,7 @@ class StepMetrics(NamedTuple):
     trained_tokens: Any
     finite: Any
     bad_steps: Any
+    sources: SourceSums
 
 
 class EvalSums(NamedTuple):
@@ -49,13 +61,15 @@ class EvalSums(NamedTuple):
     weight: Any
     correct: Any
     tokens: Any
+    sources: SourceSums
 
 
 class Compute(NamedTuple):
     """How the model is computed; nothing in it changes what is computed beyond rounding.
 
     `attention` is a resolved kernel of `models.attention`; `remat` names a policy of the decoder; `microbatches` is the
-    number of parts that a batch is computed in; `train_head` says whether the unembedding is trained.
+    number of parts that a batch is computed in; `train_head` says whether the unembedding is trained; `sources` is the
+    number S of sources that losses are told for.
     """
 
     dtype: Any
@@ -64,6 +78,7 @@ class Compute(NamedTuple):
     microbatches: int
     train_head: bool
     dropout_seed: int | None = None
+    sources: int = 1
 
 
 # What the compiler is told besides its defaults, by platform of the mesh. On TPU: no windowed collective matmuls
@@ -85,25 +100,27 @@ def make_train_step(
     An update whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
     """
 
-    def loss_sum(trainable: nnx.State, frozen: nnx.State, batch: Batch, keys: Any) -> jax.Array:
-        model = nnx.merge(graph, trainable, frozen)
-        return _losses(model, batch, compute, keys).total
+    def loss_sum(trainable: nnx.State, frozen: nnx.State, batch: Batch, keys: Any) -> tuple[jax.Array, SourceSums]:
+        losses = _losses(nnx.merge(graph, trainable, frozen), batch, compute, keys)
+        return losses.total, _by_source(losses, batch, compute.sources)
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = _row_keys(compute.dropout_seed, state.step, batch.tokens.shape[0])
-        gradient_of = jax.value_and_grad(loss_sum)
+        gradient_of = jax.value_and_grad(loss_sum, has_aux=True)
         if compute.microbatches == 1:
-            total, gradient = gradient_of(state.trainable, frozen, batch, keys)
+            (total, sources), gradient = gradient_of(state.trainable, frozen, batch, keys)
         else:
 
             def add(sums: tuple, part: tuple) -> tuple:
-                total, gradient = gradient_of(state.trainable, frozen, *part)
-                return constrain_parameters_in(jax.tree.map(jnp.add, sums, (total, gradient))), None
+                losses, gradient = gradient_of(state.trainable, frozen, *part)
+                return constrain_parameters_in(jax.tree.map(jnp.add, sums, (losses, gradient))), None
 
             nothing = jnp.zeros((), jnp.promote_types(compute.dtype, jnp.float32))
+            nowhere = SourceSums(*(jnp.zeros(compute.sources, jnp.float32) for _ in SourceSums._fields))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), state.trainable)
-            start = constrain_parameters_in((nothing, zeros))
-            (total, gradient), _ = jax.lax.scan(add, start, split_rows((batch, keys), compute.microbatches))
+            start = constrain_parameters_in(((nothing, nowhere), zeros))
+            (losses, gradient), _ = jax.lax.scan(add, start, split_rows((batch, keys), compute.microbatches))
+            total, sources = losses
 
         weight = jnp.sum(batch.loss_weights)
         divisor = jnp.where(weight > 0, weight, 1).astype(total.dtype)
@@ -127,6 +144,7 @@ def make_train_step(
             trained_tokens=jnp.sum(batch.loss_weights > 0),
             finite=finite,
             bad_steps=bad_steps,
+            sources=sources,
         )
         new_state = TrainState(
             step=state.step + 1,
@@ -149,6 +167,7 @@ def make_eval_step(graph: nnx.GraphDef, compute: Compute) -> Callable[[nnx.State
             weight=jnp.sum(batch.loss_weights),
             correct=jnp.sum(losses.correct * batch.loss_weights),
             tokens=jnp.sum(batch.loss_weights > 0),
+            sources=_by_source(losses, batch, compute.sources),
         )
 
     def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> EvalSums:
@@ -159,6 +178,14 @@ def make_eval_step(graph: nnx.GraphDef, compute: Compute) -> Callable[[nnx.State
         return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), parts)
 
     return eval_step
+
+
+def _by_source(losses: TokenLosses, batch: Batch, sources: int) -> SourceSums:
+    """Adds tokens' losses up by the source that each came from; padding has weight 0."""
+    weights = batch.loss_weights.astype(jnp.float32)
+    values = jnp.stack([losses.nll.astype(jnp.float32) * weights, weights, losses.correct * weights], axis=-1)
+    sums = jax.ops.segment_sum(values.reshape(-1, 3), batch.source_ids.reshape(-1), num_segments=sources)
+    return SourceSums(*jnp.moveaxis(jax.lax.stop_gradient(sums), 1, 0))
 
 
 def _losses(model: Any, batch: Batch, compute: Compute, keys: Any) -> Any:
@@ -202,8 +229,8 @@ def split_rows(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def constrain_parameters_in(sums: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, nnx.State]:
-    """Lays the gradient of a (loss, gradient) pair out as its parameters are."""
+def constrain_parameters_in(sums: tuple[Any, nnx.State]) -> tuple[Any, nnx.State]:
+    """Lays the gradient of a (losses, gradient) pair out as its parameters are."""
     return sums[0], constrain_parameters(sums[1])
 
 

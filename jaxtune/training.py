@@ -15,7 +15,7 @@ from jaxtune.config import Config
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import check_space, export_folder
 from jaxtune.convert.peft import export_adapter
-from jaxtune.data.loader import open_eval_stream, open_stream
+from jaxtune.data.loader import open_eval_stream, open_stream, write_plan
 from jaxtune.data.stream import Stream
 from jaxtune.data.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.loop import Loop, Outcome
@@ -89,6 +89,8 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
                 f"{inputs.base.path} is not the model that {folder.path} began with: its files have changed since. "
                 "Put the old files back, or give another output="
             )
+        if saved and inputs.stream is not None:
+            inputs.stream.refuse_other(saved["stream"])
         steps = _count_steps(config, inputs.stream, saved)
         if saved and saved["step"] > steps:
             raise ValueError(
@@ -155,15 +157,14 @@ def _compile(
     example = _abstract_batch(config, inputs.max_length, mesh)
     with memory_explained(config, None):
         with terminal.working("compiling the training step"):
-            train_step = compile_train_step(
-                make_train_step(plan.graph, optimizer, compute), state, frozen, example, platform=platform
-            )
+            assert inputs.stream is not None
+            update = make_train_step(plan.graph, optimizer, compute._replace(sources=len(inputs.stream.source_names)))
+            train_step = compile_train_step(update, state, frozen, example, platform=platform)
         if inputs.eval_stream is None:
             return train_step, None
         with terminal.working("compiling the evaluation"):
-            eval_step = compile_eval_step(
-                make_eval_step(plan.graph, compute), state.trainable, frozen, example, platform=platform
-            )
+            evaluation = make_eval_step(plan.graph, compute._replace(sources=len(inputs.eval_stream.source_names)))
+            eval_step = compile_eval_step(evaluation, state.trainable, frozen, example, platform=platform)
     return train_step, eval_step
 
 
@@ -246,6 +247,7 @@ def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple
         stream = open_stream(config, **options, progress=progress)
     with terminal.counting("reading the evaluation data") as progress:
         eval_stream = open_eval_stream(config, **options, progress=progress)
+    write_plan(stream, str(folder.path))
     terminal.say(stream.describe())
     if eval_stream is not None:
         terminal.say(f"held out: {eval_stream.funnel.total('examples'):,} examples\n{eval_stream.funnel.table()}")

@@ -184,7 +184,9 @@ def test_evaluation_gives_sums_of_the_same_loss(lora):
         )
     sums = evaluate(lora.state.trainable, lora.frozen, batch_of())
     _, metrics = lora.step(batch_of())
-    assert all(value.shape == () for value in sums)
+    assert all(value.shape == () for value in sums[:-1])
+    assert all(value.shape == (lora.compute.sources,) for value in sums.sources)
+    np.testing.assert_allclose(sums.sources.loss.sum(), sums.loss, rtol=1e-6)
     np.testing.assert_allclose(sums.loss / sums.weight, metrics.loss, rtol=1e-6)
     assert sums.tokens == ROWS * 8 and 0 <= sums.correct <= sums.weight
 

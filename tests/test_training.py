@@ -130,7 +130,7 @@ def test_the_best_checkpoint_outlives_newer_ones(base, data, tmp_path, monkeypat
     output, rising = tmp_path / "out", iter([1.0, 2.0, 3.0, 4.0])
 
     def sums(*anything):
-        return loop.EvalSums(loss=np.float64(next(rising)), weight=1.0, correct=0.0, tokens=1)
+        return loop.EvalSums(loss=np.float64(next(rising)), weight=1.0, correct=0.0, tokens=1, sources=None)
 
     monkeypatch.setattr(training, "compile_eval_step", lambda *args, **options: sums)
     more = ("data.eval_fraction=0.1", "eval.every_steps=2", "checkpoint.every_steps=1", "checkpoint.keep=1")

@@ -22,6 +22,7 @@ from jaxtune.sharding import batch_sharding, create_on_mesh, make_mesh, paramete
 from jaxtune.step import Compute, initial_state, make_train_step, state_shardings
 
 T = 24
+SOURCES = 3
 HF_CONFIG = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "initializer_range": 0.2,
@@ -57,14 +58,14 @@ def _examples() -> list[Example]:
 def _rows(packed: bool, rows: int) -> Batch:
     """Lays the sixteen examples out: two a row, or one a row."""
     per_row = 2 if packed else 1
-    examples = [(example, 0) for example in _examples()]
+    examples = [(example, number % SOURCES) for number, example in enumerate(_examples())]
     chunks = [examples[i : i + per_row] for i in range(0, len(examples), per_row)]
     return lay_out(chunks + [[]] * (rows - len(chunks)), T)
 
 
 @functools.cache
 def _update(method: str, sizes: tuple, microbatches: int, packed: bool, wide: bool) -> Any:
-    """Returns (loss, {name: gradient}) of one update."""
+    """Returns (loss, {name: gradient}, sums by source `[3 S]`) of one update."""
     dtype = jnp.float64 if wide else jnp.float32
     count = int(np.prod([size for _, size in sizes]))
     mesh = make_mesh(dict(sizes), jax.devices()[:count])
@@ -81,16 +82,21 @@ def _update(method: str, sizes: tuple, microbatches: int, packed: bool, wide: bo
         optimizer = optax.sgd(1.0)
         state = initial_state(optimizer, trainable)
         state = jax.device_put(state, state_shardings(optimizer, plan.trainable, mesh))
-        compute = Compute(dtype, xla, "none", microbatches, method == "full")
+        compute = Compute(dtype, xla, "none", microbatches, method == "full", sources=SOURCES)
         step = jax.jit(make_train_step(plan.graph, optimizer, compute))
         after, metrics = step(state, frozen, Batch(*jax.device_put(tuple(batch), batch_sharding(mesh))))
         gradient = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), state.trainable, after.trainable)
     paths, _ = jax.tree_util.tree_flatten_with_path(gradient)
-    return float(metrics.loss), {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+    return float(metrics.loss), named, np.stack(jax.device_get(tuple(metrics.sources)))
 
 
 def _assert_equal(found: Any, expected: Any, tolerance: float) -> None:
     assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-5)
+    loss, weight, correct = expected[2]
+    assert loss.sum() / weight.sum() == pytest.approx(expected[0], rel=1e-5)
+    assert (weight > 0).all() and (correct <= weight).all() and len(set(loss.tolist())) == SOURCES
     for name, gradient in expected[1].items():
         norm = np.linalg.norm(gradient)
         assert norm > 0, f"{name} has no gradient: the test would be blind to it"
