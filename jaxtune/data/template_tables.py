@@ -17,6 +17,7 @@ from jaxtune.data.row_values import kind, near
 from jaxtune.data.wordings import PLAIN_FRAME, Fields, Frame, Pair, Wording
 
 OPTIONS = "options_"
+_ANSWERS = ("answer", "label", "output", "target")  # the fields whose numbers are options
 KINDS = ("zero-shot", "few-shot", "inverted", "cot")
 _FRAME_KEYS = tuple(field.name for field in dataclasses.fields(Frame))
 _ALIASES = {"family": "task", "inputs": "input", "targets": "target"}  # FLAN's names
@@ -72,7 +73,8 @@ class TableWording:
             if name == OPTIONS:
                 asked.append(self.style.block(texts) if self.style is not None else "")
             elif name is not None:
-                asked.append(self._text(fields, name))
+                meant = option_meant(_value(fields, name), texts, labels) if _is_place(fields, name) else None
+                asked.append(self._text(fields, name) if meant is None else texts[meant])
         return Pair("".join(asked), "".join(target))
 
     def without_options(self) -> "TableWording":
@@ -98,7 +100,8 @@ class TableWording:
         value = _value(fields, name)
         if isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
             value = value[0]
-        meant = option_meant(value, texts, labels) if texts else None
+        asked_for = isinstance(value, str) or _is_place(fields, name)
+        meant = option_meant(value, texts, labels) if texts and asked_for else None
         if meant is not None:
             return texts[meant] if self.style is None else self.style.answer(texts, meant)
         return self._text({name: value}, name)
@@ -243,6 +246,11 @@ def _value(fields: Fields, name: str) -> Any:
             "missing field", f"the row has no {name!r}{near(name, list(fields))}; it has {', '.join(fields)}"
         )
     return fields[name]
+
+
+def _is_place(fields: Fields, name: str) -> bool:
+    """Whether a field may hold the number of an option, rather than a number of its own."""
+    return name in _ANSWERS and isinstance(_value(fields, name), int)
 
 
 def _plain(value: Any) -> str:
