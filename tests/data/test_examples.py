@@ -108,6 +108,39 @@ def test_example_weighting_sums_to_one(read):
     assert [float(r.examples[0].weights.sum()) for r in results] == pytest.approx([1, 1, 1])
 
 
+@pytest.mark.parametrize("length", [15, 40, 75])
+def test_the_pieces_of_a_split_example_together_weigh_one(read, length):
+    options = {"max_length": length, "overlong": "split", "loss_weighting": "example"}
+    rows = [{"messages": LONG}, {"messages": LONG[1:3]}]
+    results, _ = read(*rows, **options)
+    assert len(results[0].examples) > 1
+    totals = [sum(float(e.weights.sum()) for e in r.examples) for r in results]
+    assert totals == pytest.approx([1, 1])
+    weights = np.concatenate([e.weights[e.weights > 0] for e in results[0].examples])
+    assert weights.max() == pytest.approx(weights.min())  # each of its tokens counts the same
+
+
+def test_each_conversation_of_one_row_is_an_example_of_its_own(read):
+    instances = [{"input": "", "output": "yes " * n} for n in (1, 20)]
+    (result,), _ = read({"instruction": "Say it.", "instances": instances}, loss_weighting="example")
+    assert [float(e.weights.sum()) for e in result.examples] == pytest.approx([1, 1])
+
+
+def test_reasoning_is_removed_by_the_rule_and_counted(read, byte_tokenizer):
+    row = {"prompt": "Why?", "completion": "<think>\nhm\n</think>\n\nSo."}
+    (kept,), _ = read(row)
+    (dropped,), _ = read(row, reasoning="drop")
+    assert (kept.reasoning_removed, dropped.reasoning_removed) == (0, 1)
+    (with_it,), (without,) = answers(byte_tokenizer, kept.examples), answers(byte_tokenizer, dropped.examples)
+    assert "hm" in with_it and without == "So.<|im_end|>"
+
+
+def test_tokens_of_a_row_without_a_trained_token_are_counted_as_lost(read):
+    mute = {"messages": [LONG[1], {**LONG[2], "train": False}]}
+    (result,), reader = read(mute)
+    assert result.lost_tokens == len(reader.render(reader.conversations(0)[0]).tokens) > 0
+
+
 def test_nothing_trained_and_bad_rows_are_told_apart(read):
     good = {"messages": LONG[1:3]}
     mute = {"messages": [LONG[1], {**LONG[2], "train": False}]}
