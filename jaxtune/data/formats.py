@@ -5,8 +5,6 @@ the fields' values to conversations. A new format is a function and an entry.
 """
 
 import dataclasses
-import functools
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +14,8 @@ from jaxtune.data import dialogues, pairs
 from jaxtune.data.cleaning import ShareGptOptions
 from jaxtune.data.message_trees import OasstOptions, oasst
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
-from jaxtune.data.row_values import Row, kind, missing, near
+from jaxtune.data.row_functions import convert_by_function, load_function
+from jaxtune.data.row_values import Row, missing, near
 
 _FLAT_TREE = {"message_id", "parent_id", "role", "text"}
 
@@ -66,7 +65,7 @@ class Layout:
     def convert(self, row: Row) -> list[Conversation]:
         """The row's conversations; raises RowError for a malformed row, NothingToLearn for one without an answer."""
         if ":" in self.format:
-            conversations = _convert_by_function(self.format, row)
+            conversations = convert_by_function(self.format, row)
         else:
             conversations = FORMATS[self.format].convert(self._values(row), self.options)
         out, nothing = [], NothingToLearn("no assistant turn")
@@ -131,7 +130,7 @@ def find_layout(
         if columns or options:
             key = "columns" if columns else "options"
             raise ValueError(f"{key}: found beside format {format}, which is given the row as it is")
-        _function(format)
+        load_function(format)
         return Layout(format, {}, system=system)
     for field, column in columns.items():
         if column not in found:
@@ -352,44 +351,6 @@ FORMATS: dict[str, Format] = {
     "text": Format({"text": ("text",)}, ("text",), pairs.raw_text),
     "fields": Format({}, (), pairs.fields),
 }
-
-
-@functools.cache
-def _function(name: str) -> Callable[[dict[str, Any]], Any]:
-    """What `module:function` names; raises ValueError when it cannot be imported or is not callable."""
-    module, _, attribute = name.partition(":")
-    try:
-        found = vars(importlib.import_module(module)).get(attribute)
-    except Exception as error:
-        raise ValueError(
-            f"format {name}: module {module} cannot be imported ({type(error).__name__}: {error}); is its folder on "
-            "PYTHONPATH?"
-        ) from error
-    if not callable(found):
-        raise ValueError(f"format {name}: module {module} has no function {attribute}{near(attribute, dir(module))}")
-    return found
-
-
-def _convert_by_function(name: str, row: Row) -> list[Conversation]:
-    try:
-        made = _function(name)(dict(row))
-    except (RowError, NothingToLearn):
-        raise
-    except Exception as error:
-        raise RowError("refused by its format", f"{name} raised {type(error).__name__}: {error}") from error
-    several = isinstance(made, list) and bool(made) and isinstance(made[0], list | Conversation)
-    out = []
-    for one in made if several else [made]:
-        if isinstance(one, Conversation):
-            out.append(one)
-        elif isinstance(one, list):
-            out += dialogues.messages({"messages": one}, None)
-        else:
-            raise RowError(
-                "wrong type",
-                f"{name} gave {kind(one)}; expected a list of {{role, content}} objects, or a list of such",
-            )
-    return out
 
 
 def _check_turns(conversation: Conversation) -> None:
