@@ -287,8 +287,10 @@ def _all_paths(model: type[pydantic.BaseModel] = Config, prefix: str = "", insid
     paths = []
     for name, field in model.model_fields.items():
         section = _section_in(field.annotation)
-        enters = section is not None and section not in (model, *inside)
-        paths += _all_paths(section, f"{prefix}{name}.", (model, *inside)) if enters else [f"{prefix}{name}"]
+        if section is None or section in (model, *inside):
+            paths.append(f"{prefix}{name}")
+        else:
+            paths += _all_paths(section, f"{prefix}{name}.", (model, *inside))
     return paths
 
 

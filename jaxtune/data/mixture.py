@@ -228,8 +228,8 @@ def integer_rates(rates: Sequence[fractions.Fraction]) -> list[int]:
     for rate in rates:
         denominator = math.lcm(denominator, rate.denominator)
         if denominator.bit_length() > 256:  # far past what fits
-            total = sum(rates)
-            return [max(1, int(rate * _MAX_POINTS / total)) if rate else 0 for rate in rates]
+            every = sum(rates, fractions.Fraction(0))
+            return [max(1, int(rate * _MAX_POINTS / every)) if rate else 0 for rate in rates]
     whole = [int(rate * denominator) for rate in rates]
     shared = math.gcd(*whole) or 1
     whole = [rate // shared for rate in whole]

@@ -101,9 +101,10 @@ class MixturePlan:
             )
             for leaf in shown
         ]
-        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+        told = [i for i in range(len(head)) if any(line[i] for line in lines)]
+        widths = {i: max(len(line[i]) for line in [head, *lines]) for i in told}
         out = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(line[i].ljust(widths[i]) if i == 0 else line[i].rjust(widths[i]) for i in told)
             for line in [head, *lines]
         ]
         if len(shown) < len(self.leaves):
