@@ -128,10 +128,14 @@ class RowReader:
 
     def conversations(self, row: int, epoch: int = 0) -> list[Conversation]:
         """The row's conversations in an epoch; raises RowError or NothingToLearn, as for a row that is held out."""
-        kept = []
-        for conversation, fields in self._worded(row, epoch):
-            if not self._is_held_out(content_hashes(conversation, fields)):
-                kept.append(conversation)
+        worded = self._worded(row, epoch)
+        if self.excluded is None or not len(self.excluded):
+            return [conversation for conversation, _ in worded]
+        kept = [
+            conversation
+            for conversation, fields in worded
+            if not self._is_held_out(content_hashes(conversation, fields))
+        ]
         if not kept:
             raise NothingToLearn(HELD_OUT)
         return kept

@@ -6,6 +6,7 @@ the next in that order. Nothing is stored, so a run can be resumed, split over h
 """
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from jaxtune.data.row_values import near
 from jaxtune.data.wordings import AsGiven, Fields, Pair, Wording
 
 SKIPPED = "skipped by every template"
+_NO_TURNS = ("fields", "text")  # formats without question and answer
 _VERSION = "1"  # of everything between fields and text: raise it when the code's answer changes
 
 
@@ -44,28 +46,28 @@ class Phrasing:
     shot_tokens: int
     count_tokens: CountTokens
 
-    @property
+    @functools.cached_property
     def fills_slots_only(self) -> bool:
         """Whether rows stay the conversations that their format makes, but for their slots."""
         return not self.wordings
 
-    @property
+    @functools.cached_property
     def reads_fields(self) -> bool:
         """Whether templates word the rows' fields, rather than a single turn that the format gives."""
         return not any(isinstance(wording, AsGiven) for wording in self.wordings)
 
-    @property
+    @functools.cached_property
     def takes_exemplars(self) -> bool:
         """Whether other rows of the source are shown in prompts."""
         return any(self._shots_of(wording) for wording in self.wordings)
 
-    @property
+    @functools.cached_property
     def varies(self) -> bool:
         """Whether a row may read differently in another epoch."""
         slotted = any(len(values) > 1 for values in self.slots.values())
         return len(self.wordings) > 1 or slotted or self.takes_exemplars or any(w.random for w in self.wordings)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Names everything that decides what a row becomes, but for the rows themselves."""
         parts = (
@@ -187,7 +189,6 @@ def load_phrasing(
 
     Raises ValueError, naming source, file and template, for whatever cannot be.
     """
-    del layout  # what the rows hold is asked in `Phrasing.check`
     source = config.id or config.path or task
     if config.templates is None and not config.slots and style == "zero_shot":
         return None
@@ -198,6 +199,11 @@ def load_phrasing(
         wordings = template_files.load(config.templates, task=task, style=style, source=source)
         if template_name is not None:
             wordings = _named(wordings, template_name, f"{source}: {file}")
+    elif style == "few_shot" and layout.format in _NO_TURNS:
+        raise ValueError(
+            f"{source}: style few_shot shows questions with their answers, and format {layout.format} has none of its "
+            "own; name phrasings with `templates`, or remove few_shot from its styles"
+        )
     elif style in ("zero_shot", "few_shot"):
         file, wordings = "the rows", [AsGiven()] if few_shot else []
     else:

@@ -321,6 +321,8 @@ def test_a_style_without_a_template_says_what_there_is(open_reader):
         open_reader(SUMS, templates="builtin:templates/cot.yaml")
     with pytest.raises(ValueError, match="src: style cot is made by templates, and this source has none"):
         open_reader(SUMS, "cot", format="fields")
+    with pytest.raises(ValueError, match=r"src: style few_shot shows questions .* format text has none"):
+        open_reader([{"text": "Once."}] * 9, "few_shot")
     with pytest.raises(ValueError, match=r"src: templates: .*nowhere\.yaml: no such file"):
         open_reader(SUMS, templates="nowhere.yaml")
     with pytest.raises(ValueError, match=r"no such file in the package \(nearest: .*cot\.yaml"):
