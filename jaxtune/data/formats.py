@@ -191,7 +191,9 @@ def _detect(rows: Sequence[Row], columns: Mapping[str, str], found: list[str]) -
             continue
         if spec.fits is None or any(spec.fits(v) for v in _needed_values(rows, spec.required, chosen)):
             return name
-    needs = "; ".join(f"{name} needs {', '.join(spec.required)}" for name, spec in FORMATS.items() if spec.required)
+    needs = "; ".join(
+        f"{name} needs {', '.join(spec.required)}" for name, spec in FORMATS.items() if name not in _UNNAMED
+    )
     raise ValueError(
         f"no format fits the columns found: {', '.join(found) or 'none'} ({needs}); "
         "name the columns, e.g. columns.prompt=QUESTION columns.completion=ANSWER"
@@ -239,6 +241,8 @@ def _tells_of_instances(values: Row) -> bool:
 
 
 _SYSTEM = ("system", "system_prompt")
+# Found, but not for a configuration to name; and named, but not to be found.
+_UNNAMED = ("questions", "fields")
 # The order is that of detection: the more telling columns first.
 FORMATS: dict[str, Format] = {
     "oasst": Format(
