@@ -229,6 +229,9 @@ def open_array_record(path: str, shown_as: str) -> Any:
     except ImportError as error:
         raise ValueError(f"{shown_as}: {error}; ArrayRecord files need the package array_record") from error
     try:
-        return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
+        reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
     except Exception as error:
         raise ValueError(f"{shown_as}: not a readable ArrayRecord file ({error})") from error
+    if not reader.ok():
+        raise ValueError(f"{shown_as}: not a readable ArrayRecord file; write or fetch it again")
+    return reader

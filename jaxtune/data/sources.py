@@ -15,13 +15,14 @@ from typing import Any, Protocol
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from huggingface_hub import errors as hub_errors
 
 from jaxtune import hub
 from jaxtune.config import SourceConfig
 from jaxtune.data import readers, spooling
 from jaxtune.data.line_index import BOM
-from jaxtune.data.spool import digest_of, remote_stamp, spooled, stamp_of
+from jaxtune.data.spool import digest_of, forget, remote_stamp, spooled, stamp_of
 
 MissingSource = hub.MissingSource
 
@@ -195,8 +196,20 @@ def _open_tabbed(local: str, file: str, cache: str) -> Source:
 
 
 def _open_arrow(local: str, file: str, cache: str) -> Source:
-    rows = spooled("arrow", stamp_of(local), ".arrow", cache, lambda out: spooling.to_arrow(local, out, file))
-    return readers.ArrowRows(rows, shown_as=file, fingerprint=_known_digest(local, cache))
+    fingerprint = _known_digest(local, cache)
+
+    def opened() -> Source:
+        rows = spooled("arrow", stamp_of(local), ".arrow", cache, lambda out: spooling.to_arrow(local, out, file))
+        try:
+            return readers.ArrowRows(rows, shown_as=file, fingerprint=fingerprint)
+        except pa.ArrowInvalid:
+            forget(rows)
+            raise
+
+    try:
+        return opened()
+    except pa.ArrowInvalid:  # damaged in the cache
+        return opened()
 
 
 def _open_array_record(local: str, file: str, cache: str) -> Source:
