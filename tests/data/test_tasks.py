@@ -366,3 +366,21 @@ def test_the_hash_of_fields_passes_over_names_of_rows_and_of_columns():
     assert fields_hash(row) == fields_hash({"id": 8, "q": "is  IT?", "choices": {"text": ["no", "yes"]}, "n": 3})
     assert fields_hash(row) != fields_hash({**row, "n": 4})
     assert fields_hash(row) != fields_hash({**row, "question": "Was it?"})
+
+
+# The documentation
+
+
+def test_the_worked_example_of_the_documentation_is_what_comes_out(open_reader, tmp_path):
+    text = (ROOT / "docs" / "task-templates.md").read_text(encoding="utf-8").split("## Tables")[0]
+    blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, re.DOTALL)
+    (rows,) = [[json.loads(line) for line in body.splitlines()] for kind, body in blocks if kind == "json"]
+    table = tmp_path / "reviews.yaml"
+    table.write_text(next(body for kind, body in blocks if kind == "yaml" and body.startswith("- name")))
+    shown = [body for kind, body in blocks if kind == "text"]
+    made = [
+        said(open_reader(rows, style, task="reviews", templates=str(table), shots=2), 0, epoch)
+        for style, epoch in (("zero_shot", 0), ("zero_shot", 1), ("few_shot", 0))
+    ]
+    assert [asked for asked, _ in made] == shown
+    assert [answer for _, answer in made] == ["(B)", "good", "good"]
