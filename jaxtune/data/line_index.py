@@ -54,16 +54,17 @@ class ArrayFile:
     """Items of a .npy file of `rows` items, one at a time, the file neither loaded nor kept open."""
 
     def __init__(self, path: str, rows: int) -> None:
-        self._path, self._rows, self._stamp = path, rows, ""
+        self._path, self._rows = path, rows
+        self._known: tuple[str, int] | None = None  # stamp, and size of the header; set at once, for threads
 
     def read(self, i: int, size: int) -> bytes:
         """The bytes of item i, of `size` each."""
         if not 0 <= i < self._rows:
             raise IndexError(i)
-        if not self._stamp:
-            self._stamp = stamp_of(self._path)
-            self._header = os.path.getsize(self._path) - self._rows * size
-        return read_at(self._path, self._stamp, self._header + i * size, size)
+        if self._known is None:
+            self._known = stamp_of(self._path), os.path.getsize(self._path) - self._rows * size
+        stamp, header = self._known
+        return read_at(self._path, stamp, header + i * size, size)
 
 
 def _write_index(path: str, out: str) -> None:

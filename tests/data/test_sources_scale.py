@@ -65,7 +65,7 @@ def test_hundreds_of_sources_share_a_few_open_files_in_threads_and_processes(tmp
         assert child.exitcode == 0, method
     [worker.join() for worker in workers]
     assert not failed and threading.active_count() == threads
-    assert descriptors() - before <= 130
+    assert descriptors() - before <= 128 + 10  # some are of multiprocessing itself
 
 
 def test_an_indexed_source_is_opened_without_reading_its_rows(tmp_path, monkeypatch):
