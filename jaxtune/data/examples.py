@@ -102,16 +102,17 @@ class RowReader:
     def read(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> list[RowResult]:
         """What becomes of each row in its epoch (default 0); never raises for a row, whose error is in its result."""
         results, waiting = [], []
-        for row, epoch in zip(rows, epochs or [0] * len(rows), strict=True):
+        for row, epoch in zip(rows, [0] * len(rows) if epochs is None else epochs, strict=True):
             result = RowResult([])
             results.append(result)
             try:
-                conversations = self.conversations(row, epoch)
+                conversations, left_out = self._kept(row, epoch)
             except RowError as error:
                 _fail(result, error, self.source.where(row))
             except NothingToLearn as nothing:
                 result.reason = nothing.reason
             else:
+                result.reason = HELD_OUT if left_out else None
                 for conversation in conversations:
                     thinned, removed = apply_reasoning(conversation, self.options.reasoning)
                     result.reasoning_removed += removed
@@ -128,14 +129,7 @@ class RowReader:
 
     def conversations(self, row: int, epoch: int = 0) -> list[Conversation]:
         """The row's conversations in an epoch; raises RowError or NothingToLearn, as for a row that is held out."""
-        worded = self._worded(row, epoch)
-        if self.excluded is None or not len(self.excluded):
-            return [conversation for conversation, _ in worded]
-        kept = [
-            conversation
-            for conversation, fields in worded
-            if not self._is_held_out(content_hashes(conversation, fields))
-        ]
+        kept, _ = self._kept(row, epoch)
         if not kept:
             raise NothingToLearn(HELD_OUT)
         return kept
@@ -143,6 +137,14 @@ class RowReader:
     def hashes(self, row: int) -> list[int]:
         """Content hashes of the row, for other readers to leave out; raises RowError or NothingToLearn."""
         return [number for worded in self._worded(row, 0) for number in content_hashes(*worded)]
+
+    def _kept(self, row: int, epoch: int) -> tuple[list[Conversation], bool]:
+        """The row's conversations that are not held out, and whether some are."""
+        worded = self._worded(row, epoch)
+        if self.excluded is None or not len(self.excluded):
+            return [conversation for conversation, _ in worded], False
+        kept = [c for c, fields in worded if not self._is_held_out(content_hashes(c, fields))]
+        return kept, len(kept) < len(worded)
 
     def _worded(self, row: int, epoch: int) -> list[tuple[Conversation, Mapping[str, Any] | None]]:
         """The row's conversations, each with the fields that templates worded, if any."""

@@ -194,11 +194,20 @@ def load_phrasing(
         return None
     few_shot = "few_shot" in style
     wordings: list[Wording]
+    empty = [name for name, values in config.slots.items() if not values]
+    if empty:
+        raise ValueError(f"{source}: slots.{empty[0]} has no value; expected at least one")
     if config.templates is not None:
         file = template_files.name_of(config.templates)
         wordings = template_files.load(config.templates, task=task, style=style, source=source)
         if template_name is not None:
             wordings = _named(wordings, template_name, f"{source}: {file}")
+        named = template_files.fields_named(config.templates)
+        for name in sorted(set(config.slots) - named):
+            raise ValueError(
+                f"{source}: slots.{name}: no template of {file} names {{{name}}}{near(name, sorted(named))}; they name "
+                f"{', '.join(sorted(named)) or 'nothing'}"
+            )
     elif style == "few_shot" and layout.format in _NO_TURNS:
         raise ValueError(
             f"{source}: style few_shot shows questions with their answers, and format {layout.format} has none of its "

@@ -42,6 +42,11 @@ def load(templates: str | Sequence[Mapping[str, Any]], *, task: str, style: str,
     return found
 
 
+def fields_named(templates: str | Sequence[Mapping[str, Any]]) -> set[str]:
+    """Every field that one of the templates names, whatever its task and kind."""
+    return set().union(*(wording.needs for part in _parts(templates) for wording in part))
+
+
 def _parts(templates: str | Sequence[Mapping[str, Any]]) -> list[_Wordings]:
     """Files and rows of a table one after another; a row `{promptsource: PATH}` stands for that file's templates."""
     if isinstance(templates, str):

@@ -130,7 +130,8 @@ def made(seed, style="zero_shot", **config):
 
 
 def test_another_process_makes_the_same_texts(open_reader):
-    reader = open_reader(SUMS, "few_shot", templates=PHRASES, shots=3, slots={"tone": ("a", "b")})
+    table = ({**PHRASES[0], "input": "{tone}: {a} + {b}?"}, PHRASES[1])
+    reader = open_reader(SUMS, "few_shot", templates=table, shots=3, slots={"tone": ("a", "b")})
     asked = [(row, epoch) for row in range(5) for epoch in (0, 7)]
     script = (
         "import json, pickle, sys\n"
@@ -296,6 +297,13 @@ def test_slots_fill_templates_and_rows_with_one_value_each(open_reader):
     assert all(answer == f"{{x}} about {match[1]}" for (_, answer), match in zip(texts, found, strict=True))
 
 
+def test_a_slot_without_a_place_or_a_value_is_refused_by_name(open_reader):
+    with pytest.raises(ValueError, match=r"src: slots\.concept has no value"):
+        open_reader(SUMS, templates=PHRASES, slots={"concept": ()})
+    with pytest.raises(ValueError, match=r"src: slots\.bb: no template of .* names \{bb\} \(nearest: b\)"):
+        open_reader(SUMS, templates=PHRASES, slots={"bb": ("1",)})
+
+
 # Refused
 
 
@@ -345,6 +353,14 @@ def test_rows_that_say_what_is_held_out_give_no_example_under_any_wording(open_r
     assert [i for i, r in enumerate(results) if r.reason == "also held out"] == [5, 6]
     shown = {text.split("\n")[0] for row in range(40) if row not in (5, 6) for text in exemplars(few, row)}
     assert "What is 4 + 16?" in shown and not shown & {"What is 5 + 25?", "What is 6 + 36?"}
+
+
+def test_one_held_out_conversation_of_a_row_leaves_the_others_and_is_told_of(open_reader):
+    row = {"instruction": "Say", "instances": [{"input": i, "output": "x"} for i in ("one", "two", "three")]}
+    held = open_reader([{"prompt": "Say\n\nTWO", "completion": "y"}])
+    reader = open_reader([row], reader={"excluded": np.sort(np.array(held.hashes(0), np.uint64))})
+    (result,) = reader.read([0])
+    assert (len(result.examples), result.reason, result.bad) == (2, "also held out", False)
 
 
 def test_a_text_is_held_out_whatever_its_case_form_and_white_space(open_reader):
