@@ -9,6 +9,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import fsspec
 
 _OPEN_AT_ONCE = 128
+_MADE = 1e9
 
 
 class Pool:
@@ -69,7 +71,8 @@ def _open_stamped(path: str, stamp: str) -> Any:
 def spooled(name: str, stamp: str, suffix: str, cache: str, write: Callable[[str], None]) -> str:
     """The cache's file for (name, stamp), written by `write(path)` when it is not there whole.
 
-    What `write` puts beside its file (same name, longer) moves with it, first. Sizes of all are kept with it.
+    What `write` puts beside its file (same name, longer) moves with it, first. Sizes of all are kept with it. Their
+    time of change is always the same: two processes that make the same file at once do not disturb each other.
     """
     folder = os.path.join(cache, "sources")
     path = os.path.join(folder, digest_of(name, stamp) + suffix)
@@ -83,6 +86,7 @@ def spooled(name: str, stamp: str, suffix: str, cache: str, write: Callable[[str
         with open(os.path.join(aside, base + ".sizes"), "w", encoding="utf-8") as out:
             out.write(urllib.parse.urlencode(sorted(sizes.items())))
         for file in sorted(os.listdir(aside), key=len, reverse=True):
+            os.utime(os.path.join(aside, file), (time.time(), _MADE))
             os.replace(os.path.join(aside, file), os.path.join(folder, file))
     return path
 

@@ -1,5 +1,6 @@
 """Thousands of sources: few open files, little to read when they are opened, and nothing fatal in the cache."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -110,6 +111,22 @@ def test_a_damaged_arrow_file_of_the_right_size_is_made_again(tmp_path, monkeypa
     (made,) = (file for file in listed() if file.suffix == ".arrow")
     made.write_bytes(b"?" * made.stat().st_size)
     assert sources.open_source(SourceConfig(path=str(tmp_path / "a.parquet"))).row(7) == {"row": 7}
+
+
+def test_a_cache_file_made_twice_at_once_disturbs_no_reader(tmp_path, monkeypatch):
+    listed = cache_files(monkeypatch, tmp_path)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(b'{"row": %d}\n\n' % i for i in range(20))))
+    source = sources.open_source(SourceConfig(path=str(path)))
+    assert source.row(0) == {"row": 0} and source.where(3) == f"{path}:7"
+    inodes = [file.stat().st_ino for file in listed()]
+    for file in listed():
+        if file.suffix == ".sizes":
+            file.unlink()  # as another process sees it, that began before these were there
+    sources.open_source(SourceConfig(path=str(path)))
+    assert inodes != [file.stat().st_ino for file in listed()]
+    monkeypatch.setattr(spool, "OPENED", spool.Pool(128))
+    assert source.row(1) == {"row": 1} and source.where(3) == f"{path}:7"
 
 
 def test_a_file_that_changes_under_a_run_is_told(tmp_path):
