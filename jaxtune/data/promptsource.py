@@ -7,6 +7,7 @@ Read as promptsource reads them, with two differences: they run in an immutable 
 import collections
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,8 @@ _Loader.add_constructor("!TemplateMetadata", _mapping)
 
 
 def is_promptsource(text: str) -> bool:
-    """Whether a YAML text has promptsource's tags."""
-    return "!Template" in text
+    """Whether a YAML text is promptsource's: its tags tell, or templates in Jinja where a program dropped the tags."""
+    return "!Template" in text or re.search(r"^\s+jinja:", text, re.MULTILINE) is not None
 
 
 def read(text: str, *, file: str, truncate: int | None = None) -> "list[PromptsourceWording]":
@@ -60,19 +61,28 @@ def read(text: str, *, file: str, truncate: int | None = None) -> "list[Promptso
     for key, entry in templates.items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("jinja"), str):
             raise ValueError(f"{file}: template {key}: expected a mapping with `name` and `jinja`")
-        metadata = entry.get("metadata") or {}
-        wordings.append(
-            PromptsourceWording(
-                name=str(entry.get("name") or key),
-                jinja=entry["jinja"],
-                answer_choices=entry.get("answer_choices") or None,
-                choices_in_prompt=bool(metadata.get("choices_in_prompt")),
-                original_task=bool(metadata.get("original_task")),
-                truncate=truncate,
-                file=file,
-            )
-        )
+        wordings.append(_read_entry(entry, str(entry.get("name") or key), file, truncate))
     return sorted(wordings, key=lambda wording: wording.name)
+
+
+def _read_entry(entry: Mapping[str, Any], name: str, file: str, truncate: int | None) -> "PromptsourceWording":
+    choices, metadata = entry.get("answer_choices") or None, entry.get("metadata") or {}
+    environment = _environment(truncate)
+    try:
+        trees = [environment.parse(text) for text in (entry["jinja"], choices) if text is not None]
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{file}: template {name!r}, line {error.lineno}: {error.message}") from error
+    given = {"answer_choices"} if choices is not None else set()
+    return PromptsourceWording(
+        name=name,
+        jinja=entry["jinja"],
+        answer_choices=choices,
+        choices_in_prompt=bool(metadata.get("choices_in_prompt")),
+        original_task=bool(metadata.get("original_task")),
+        truncate=truncate,
+        needs=frozenset(set().union(*map(jinja2.meta.find_undeclared_variables, trees)) - given),
+        random=any(map(_draws, trees)),
+    )
 
 
 def fitting(wordings: "Sequence[PromptsourceWording]", style: str) -> "list[Wording]":
@@ -89,7 +99,7 @@ def fitting(wordings: "Sequence[PromptsourceWording]", style: str) -> "list[Word
 
 @dataclasses.dataclass(frozen=True)
 class PromptsourceWording:
-    """One template, compiled when it is made or has travelled."""
+    """One template; it is compiled where it is first used, since thousands travel and few may be drawn."""
 
     name: str
     jinja: str
@@ -97,32 +107,10 @@ class PromptsourceWording:
     choices_in_prompt: bool
     original_task: bool
     truncate: int | None
-    file: str
+    needs: frozenset[str]
+    random: bool
     frame: Frame = PLAIN_FRAME
     shots: int | None = None
-
-    def __post_init__(self) -> None:
-        environment = _environment(self.truncate)
-        try:
-            texts = [self.jinja] if self.answer_choices is None else [self.jinja, self.answer_choices]
-            trees = [environment.parse(text) for text in texts]
-            compiled = [environment.from_string(text) for text in texts]
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{self.file}: template {self.name!r}, line {error.lineno}: {error.message}") from error
-        needs = set().union(*(jinja2.meta.find_undeclared_variables(tree) for tree in trees))
-        given = {"answer_choices"} if self.answer_choices is not None else set()
-        # Set past the frozen fields: they follow from them, and are made anew after travelling.
-        object.__setattr__(self, "needs", frozenset(needs - set(environment.globals) - given))
-        object.__setattr__(self, "random", any(map(_draws, trees)))
-        object.__setattr__(self, "_compiled", compiled)
-
-    needs: frozenset[str] = dataclasses.field(init=False, compare=False)
-    random: bool = dataclasses.field(init=False, compare=False)
-    _compiled: list[jinja2.Template] = dataclasses.field(init=False, compare=False, repr=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        values = {f.name: self.__dict__[f.name] for f in dataclasses.fields(self) if f.init}
-        return functools.partial(PromptsourceWording, **values), ()
 
     @property
     def key(self) -> str:
@@ -149,9 +137,9 @@ class PromptsourceWording:
         values[_KEYED] = keyed
         try:
             if self.answer_choices is not None:
-                choices = self._compiled[1].render(values).split(SEPARATOR)
+                choices = _compiled(self.answer_choices, self.truncate).render(values).split(SEPARATOR)
                 values["answer_choices"] = [choice.strip() for choice in choices]
-            text = self._compiled[0].render(values)
+            text = _compiled(self.jinja, self.truncate).render(values)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise RowError("refused by the template", f"{type(error).__name__}: {error}") from error
         parts = [_restored(part.strip()) for part in text.split(SEPARATOR)]
@@ -163,6 +151,11 @@ def _draws(tree: jinja2.nodes.Template) -> bool:
     named = {found.name for found in tree.find_all(jinja2.nodes.Filter)}
     mapped = {found.value for found in tree.find_all(jinja2.nodes.Const)} if "map" in named else set()
     return bool((named | mapped) & _DRAWING)
+
+
+@functools.lru_cache(maxsize=8192)
+def _compiled(text: str, truncate: int | None) -> jinja2.Template:
+    return _environment(truncate).from_string(text)
 
 
 @functools.cache

@@ -192,34 +192,11 @@ def load_phrasing(
     source = config.id or config.path or task
     if config.templates is None and not config.slots and style == "zero_shot":
         return None
-    few_shot = "few_shot" in style
-    wordings: list[Wording]
-    empty = [name for name, values in config.slots.items() if not values]
-    if empty:
-        raise ValueError(f"{source}: slots.{empty[0]} has no value; expected at least one")
-    if config.templates is not None:
-        file = template_files.name_of(config.templates)
-        wordings = template_files.load(config.templates, task=task, style=style, source=source)
-        if template_name is not None:
-            wordings = _named(wordings, template_name, f"{source}: {file}")
-        named = template_files.fields_named(config.templates)
-        for name in sorted(set(config.slots) - named):
-            raise ValueError(
-                f"{source}: slots.{name}: no template of {file} names {{{name}}}{near(name, sorted(named))}; they name "
-                f"{', '.join(sorted(named)) or 'nothing'}"
-            )
-    elif style == "few_shot" and layout.format in _NO_TURNS:
-        raise ValueError(
-            f"{source}: style few_shot shows questions with their answers, and format {layout.format} has none of its "
-            "own; name phrasings with `templates`, or remove few_shot from its styles"
-        )
-    elif style in ("zero_shot", "few_shot"):
-        file, wordings = "the rows", [AsGiven()] if few_shot else []
-    else:
-        raise ValueError(
-            f"{source}: style {style} is made by templates, and this source has none; name a file with `templates` "
-            "(builtin:templates/cot.yaml has cot and inverted ones), or choose zero_shot or few_shot"
-        )
+    file = "the rows" if config.templates is None else template_files.name_of(config.templates)
+    _check_slots(config, source, file)
+    wordings = _wordings(config, source, layout, task=task, style=style)
+    if template_name is not None:
+        wordings = _named(wordings, template_name, f"{source}: {file}")
     return Phrasing(
         source=source,
         file=file,
@@ -229,10 +206,42 @@ def load_phrasing(
         wordings=tuple(wordings),
         slots=config.slots,
         system=config.system,
-        shots=config.shots if few_shot else 0,
+        shots=config.shots if "few_shot" in style else 0,
         shot_tokens=config.shot_tokens,
         count_tokens=count_tokens,
     )
+
+
+def _check_slots(config: SourceConfig, source: str, file: str) -> None:
+    """Raises ValueError for a slot without values, or without a place in any template."""
+    for name, values in config.slots.items():
+        if not values:
+            raise ValueError(f"{source}: slots.{name} has no value; expected at least one")
+    if config.slots and config.templates is not None:
+        named = template_files.fields_named(config.templates)
+        for name in sorted(set(config.slots) - named):
+            raise ValueError(
+                f"{source}: slots.{name}: no template of {file} names {{{name}}}{near(name, sorted(named))}; they name "
+                f"{', '.join(sorted(named)) or 'nothing'}"
+            )
+
+
+def _wordings(config: SourceConfig, source: str, layout: Layout, *, task: str, style: str) -> list[Wording]:
+    if config.templates is not None:
+        return template_files.load(config.templates, task=task, style=style, source=source)
+    if style == "zero_shot":
+        return []  # rows stay conversations, with their slots filled
+    if style != "few_shot":
+        raise ValueError(
+            f"{source}: style {style} is made by templates, and this source has none; name a file with `templates` "
+            "(builtin:templates/cot.yaml has cot and inverted ones), or choose zero_shot or few_shot"
+        )
+    if layout.format in _NO_TURNS:
+        raise ValueError(
+            f"{source}: style few_shot shows questions with their answers, and format {layout.format} has none of its "
+            "own; name phrasings with `templates`, or remove few_shot from its styles"
+        )
+    return [AsGiven()]
 
 
 def template_names(config: SourceConfig, task: str) -> list[str]:

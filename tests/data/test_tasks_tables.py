@@ -247,6 +247,13 @@ def test_promptsource_styles_go_by_the_metadata(shared):
         template_files.load(file, task="qasc", style="cot", source="s")
 
 
+def test_a_promptsource_file_without_its_tags_is_one_all_the_same(tmp_path):
+    file = tmp_path / "t.yaml"
+    file.write_text("dataset: d\ntemplates:\n  1-2:\n    name: n\n    jinja: '{{ a }} ||| {{ b }}'\n")
+    (wording,) = template_files.load(str(file), task="t", style="zero_shot", source="s")
+    assert wording.render({"a": "q", "b": 1}, Keyed(0)) == ("q", "1")
+
+
 def test_a_promptsource_file_in_the_configuration_may_skip_and_truncate(shared):
     file = str(shared / "promptsource" / "imdb" / "templates.yaml")
     row = {"promptsource": file, "truncate": 50, "skip": ["Movie Expressed Sentiment"]}
