@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import fsspec
@@ -30,10 +30,10 @@ class Pool:
     def __init__(self, limit: int) -> None:
         self._limit, self._pid = limit, -1
         self._lock = threading.Lock()
-        self._opened: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        self._opened: collections.OrderedDict[tuple[str, str], Any] = collections.OrderedDict()
 
-    def get(self, key: Hashable, open_it: Callable[[], Any]) -> Any:
-        """What stands under the key, opened by `open_it` if it is not open."""
+    def get(self, key: tuple[str, str], open_it: Callable[[], Any]) -> Any:
+        """What stands under (path, stamp), opened by `open_it` if it is not open."""
         if self._pid != os.getpid():  # after a fork the lock may be held by a thread that is not here
             self._lock, self._opened, self._pid = threading.Lock(), collections.OrderedDict(), os.getpid()
         with self._lock:
@@ -46,6 +46,12 @@ class Pool:
             while len(self._opened) > self._limit:
                 self._opened.popitem(last=False)
         return opened
+
+    def drop(self, path: str) -> None:
+        """Lets go of what was opened from a path, or from files beside it (same name, longer)."""
+        with self._lock:
+            for key in [key for key in self._opened if key[0].startswith(path)]:
+                del self._opened[key]
 
     def __len__(self) -> int:
         return len(self._opened)
@@ -88,6 +94,7 @@ def spooled(name: str, stamp: str, suffix: str, cache: str, write: Callable[[str
         for file in sorted(os.listdir(aside), key=len, reverse=True):
             os.utime(os.path.join(aside, file), (time.time(), _MADE))
             os.replace(os.path.join(aside, file), os.path.join(folder, file))
+    OPENED.drop(path)
     return path
 
 
