@@ -34,8 +34,7 @@ class Pool:
 
     def get(self, key: tuple[str, str], open_it: Callable[[], Any]) -> Any:
         """What stands under (path, stamp), opened by `open_it` if it is not open."""
-        if self._pid != os.getpid():  # after a fork the lock may be held by a thread that is not here
-            self._lock, self._opened, self._pid = threading.Lock(), collections.OrderedDict(), os.getpid()
+        self._start_anew_after_fork()
         with self._lock:
             if key in self._opened:
                 self._opened.move_to_end(key)
@@ -47,8 +46,13 @@ class Pool:
                 self._opened.popitem(last=False)
         return opened
 
+    def _start_anew_after_fork(self) -> None:
+        if self._pid != os.getpid():  # the lock may be held by a thread that is not here
+            self._lock, self._opened, self._pid = threading.Lock(), collections.OrderedDict(), os.getpid()
+
     def drop(self, path: str) -> None:
         """Lets go of what was opened from a path, or from files beside it (same name, longer)."""
+        self._start_anew_after_fork()
         with self._lock:
             for key in [key for key in self._opened if key[0].startswith(path)]:
                 del self._opened[key]
