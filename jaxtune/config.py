@@ -115,8 +115,8 @@ FORMATS = (
 class SourceConfig(Section):
     """One set of rows, a group of sources mixed among themselves, or a table of sources."""
 
-    id: str | None = Field(None, description="its name in plans and logs; default from its path")
     path: str | None = Field(None, description="file, folder, glob, gs://, s3:// or hub dataset id; may name {root}")
+    id: str | None = Field(None, description="its name in plans and logs; default from its path")
     sources: tuple["SourceConfig", ...] = Field((), description="makes this a group: members instead of a path")
     mixing: MixingConfig = Field(MixingConfig(), description="how a group's or a table's members share its draws")
     table: TableConfig | None = Field(None, description="a source for each row of a table; path has its {columns}")

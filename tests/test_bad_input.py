@@ -109,9 +109,9 @@ def test_hub_dataset_without_network(refused):
 
 
 def test_file_of_unknown_kind(refused, tmp_path):
-    file = tmp_path / "rows.csv"
+    file = tmp_path / "rows.xlsx"
     file.write_text("instruction,output\na,b\n")
-    says(refused(1, file=file), "rows.csv", ".jsonl")
+    says(refused(1, file=file), "rows.xlsx", ".jsonl")
 
 
 def test_empty_data_file(refused):

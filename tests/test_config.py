@@ -16,7 +16,7 @@ import tiny_runs
 from jaxtune import config as config_module
 from jaxtune import loop
 from jaxtune.config import Config, Section, SourceConfig
-from jaxtune.decode import ConfigError, decode, describe_keys, json_schema, read_yaml, to_yaml
+from jaxtune.decode import ConfigError, decode, describe_keys, from_tree, json_schema, read_yaml, to_yaml
 from jaxtune.train import train
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -234,7 +234,8 @@ def test_numbers_come_back_to_the_bit(tmp_path, rate):
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
-def test_every_yaml_in_configs_decodes_and_comes_back(tmp_path, file):
+def test_every_yaml_in_configs_decodes_and_comes_back(tmp_path, file, monkeypatch):
+    monkeypatch.setenv("JAXTUNE_DATA", "/data")
     decoded = decode([str(file), f"output={tmp_path}"])
     (tmp_path / "x.yaml").write_text(to_yaml(decoded))
     assert decode([str(tmp_path / "x.yaml")]) == decoded
@@ -261,7 +262,9 @@ def test_the_schema_knows_every_key_and_allows_no_other():
 def test_every_key_is_listed_with_its_default():
     lines = describe_keys().splitlines()
     keys = {line.split()[0].replace(".0.", ".").replace("data.eval.", "data.train.") for line in lines}
-    assert keys == set(leaf_paths(Config).values())
+    assert set(leaf_paths(Config).values()) <= keys
+    twice = {key for key in keys - set(leaf_paths(Config).values()) if not key.startswith("data.mixing.")}
+    assert not twice, "a section that stands in two places is listed in both, and nothing else is"
     assert any(line.startswith("tuning.rank ") and "= 16" in line for line in lines)
     assert any(line.startswith("model.path ") and "required" in line for line in lines)
 
@@ -270,11 +273,11 @@ def test_every_key_is_listed_with_its_default():
 
 
 def leaf_paths(section: type[pydantic.BaseModel], prefix: str = "") -> dict[tuple[str, str], str]:
-    """Returns {(class name, field): dotted path} of every leaf key."""
+    """Returns {(class name, field): dotted path} of every leaf key; a section inside itself is a leaf."""
     leaves = {}
     for name, field in section.model_fields.items():
         inner = next((c for c in Section.__subclasses__() if c.__name__ in str(field.annotation)), None)
-        if inner is not None:
+        if inner is not None and inner is not section:
             leaves |= {key: path for key, path in leaf_paths(inner, f"{prefix}{name}.").items() if key not in leaves}
         else:
             leaves[(section.__name__, name)] = f"{prefix}{name}"
@@ -285,6 +288,8 @@ def reads_that_count(frame: Any) -> bool:
     """Whether a read comes from code that does something with the value, not from checks, dumps and records."""
     while frame.f_code.co_name in ("learning_rate", "note"):
         frame = frame.f_back  # a property that gives a key's value on: who asks it?
+    if frame.f_code.co_name in ("_inherit", "_rooted"):  # these hand keys on, whatever they are
+        return False
     module = frame.f_globals.get("__name__", "")
     if module in ("jaxtune.config", "jaxtune.decode", "jaxtune.card", "jaxtune.memory"):
         return False
@@ -325,6 +330,53 @@ def keys_read(monkeypatch):
     return seen
 
 
+def read_of_mixtures(base: str, data: str, folder: pathlib.Path) -> None:
+    """Opens a mixture that uses what single sources have no use for."""
+    (folder / "tasks.csv").write_text(f"task,n,file\nadd,24,{data}\n")
+    (folder / "sums.jsonl").write_text("".join(f'{{"q": "{i} + {i}?", "a": "{2 * i}"}}\n' for i in range(20)))
+    template = {"name": "ask", "task": "*", "kind": "zero-shot", "input": "{q} {how}", "target": "{a}"}
+    tree = {
+        "model": {"path": base},
+        "output": str(folder / "mixed"),
+        "train": {"steps": 3, "batch_rows": 8},
+        "data": {
+            "root": str(folder),
+            "missing": "skip",
+            "max_length": 128,
+            "template": "plain",
+            "mixing": {"rates": "temperature", "temperature": 2, "scale": 0.5, "cap": 100, "tags": {"t": 0.4}},
+            "phases": [{"until": {"steps": 1}}, {"until": {"tokens": 9000}}, {"until": {"draws": 90000}}, {}],
+            "hold_out": {"clusters": ["sums"]},
+            "train": [
+                {"path": "{root}/gone.jsonl"},
+                {"id": "g", "cap": 5, "sources": [{"path": data, "order": "length"}]},
+                {
+                    "id": "tabled",
+                    "table": {"path": "{root}/tasks.csv", "id": "{task}", "where": {"task": "add"}, "examples": "n"},
+                    "path": "{file}",
+                    "tags": ["t"],
+                },
+                {
+                    "path": "{root}/sums.jsonl",
+                    "templates": [template],
+                    "slots": {"how": ["Quickly.", "Slowly."]},
+                    "styles": {"zero_shot": 1, "few_shot": 1},
+                    "shots": 2,
+                    "each_template": True,
+                    "system": "Sums.",
+                },
+                {
+                    "path": "{root}/sums.jsonl",
+                    "id": "held",
+                    "columns": {"prompt": "q", "completion": "a"},
+                    "cluster": "sums",
+                },
+            ],
+        },
+    }
+    train(from_tree(tree))
+
+
 def test_no_key_is_accepted_and_ignored(keys_read, tmp_path, monkeypatch):
     base = tiny_runs.write_model(tmp_path / "base")
     data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(24))
@@ -338,6 +390,7 @@ def test_no_key_is_accepted_and_ignored(keys_read, tmp_path, monkeypatch):
     def stop(*anything: Any, **more: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    read_of_mixtures(str(base), str(data), tmp_path)
     monkeypatch.setattr(loop.MetricsLog, "write", stop)
     train(tiny_runs.config(base, data, tmp_path / "stopped", "train.steps=null", "train.epochs=1"))
     leaves = leaf_paths(Config)

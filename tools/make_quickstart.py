@@ -36,7 +36,7 @@ CONFIG = {
     "num_key_value_heads": 8,
     "head_dim": 16,
     "hidden_act": "silu",
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "rope_scaling": None,

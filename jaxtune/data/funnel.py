@@ -8,6 +8,8 @@ import numpy as np
 from jaxtune.data.examples import RowReader
 from jaxtune.data.lengths import RowTable
 
+_SHOWN = 40  # sources, and reasons of loss, listed on a terminal
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
@@ -75,8 +77,13 @@ class Funnel:
                 out.append(f"{s.name}: the end-of-turn token is trained in {s.stops:,} of {s.turns:,} assistant turns")
         return out
 
+    def _shown(self) -> Sequence[SourceFunnel]:
+        if len(self.sources) <= _SHOWN:
+            return self.sources
+        return sorted(self.sources, key=lambda source: -source.tokens)[:_SHOWN]
+
     def table(self) -> str:
-        """Lines for a terminal: a row per source, and a line per reason of loss."""
+        """Lines for a terminal: a row per source (the largest of many) and one for all, a line per reason of loss."""
         head = ("source", "rows", "kept", "examples", "tokens", "trained", "lost tokens", "stops trained")
         lines = [
             (
@@ -84,17 +91,22 @@ class Funnel:
                 *(f"{n:,}" for n in (s.rows, s.kept, s.examples, s.tokens, s.trained_tokens, s.tokens_lost)),
                 f"{s.stops:,} of {s.turns:,}",
             )
-            for s in self.sources
+            for s in self._shown()
         ]
+        if len(self.sources) > 1:
+            whole = (
+                self.total(field) for field in ("rows", "kept", "examples", "tokens", "trained_tokens", "tokens_lost")
+            )
+            name = f"all {len(self.sources):,} sources"
+            lines.append((name, *(f"{n:,}" for n in whole), f"{self.total('stops'):,} of {self.total('turns'):,}"))
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
         shown = [
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
             for line in [head, *lines]
         ]
-        for s in self.sources:
-            shown += [
-                f"  {s.name}: {loss.rows:,} rows: {reason}, first at {loss.where}" for reason, loss in s.lost.items()
-            ]
+        reasons = [(loss.rows, s.name, reason, loss.where) for s in self.sources for reason, loss in s.lost.items()]
+        reasons = sorted(reasons, key=lambda r: -r[0])[:_SHOWN] if len(reasons) > _SHOWN else reasons
+        shown += [f"  {name}: {rows:,} rows: {reason}, first at {where}" for rows, name, reason, where in reasons]
         return "\n".join(shown)
 
 
