@@ -28,6 +28,7 @@ _BAD = (
     "political_content",
     "moral_judgement",
 )
+_DEEPEST = 200
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
@@ -53,9 +54,9 @@ class OasstOptions(BaseModel):
         return labels
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Node:
-    """A message with its replies, best first; `number` tells messages of one tree apart."""
+    """A message with its replies, best first; two messages that say the same are still two."""
 
     id: str
     message: Message
@@ -110,6 +111,8 @@ def _read(value: Any, parent: Mapping[str, Any] | None, above: frozenset[str], o
     name = str(value.get("message_id", f"number {len(above) + 1} of its path"))
     if name in above:
         raise RowError("cycle in the tree", f"message {name} stands among the replies to itself")
+    if len(above) == _DEEPEST:
+        raise RowError("tree too deep", f"message {name} has {_DEEPEST} messages above it; expected fewer")
     if parent is not None and value.get("parent_id") not in (None, parent.get("message_id")):
         raise RowError(
             "orphan in the tree",

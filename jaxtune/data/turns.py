@@ -172,11 +172,18 @@ class TurnFinder:
             )
         if message.tool_calls:
             last = self._past_calls(text, last, message, i)
-        following = messages[i + 1].content.strip() if i + 1 < len(messages) else ""
-        until = text.find(following, last) if following else len(text)
-        stop = text.find(self._end_of_turn, last, until if until >= 0 else len(text))
+        stop = text.find(self._end_of_turn, last, self._next_begins(text, messages, i, tools))
         end = stop + len(self._end_of_turn) if stop >= 0 else last
         return Turn(begin, first, last, end, stop >= 0)
+
+    def _next_begins(self, text: str, messages: tuple[Message, ...], i: int, tools: Sequence[Mapping[str, Any]]) -> int:
+        """Where the content after message i begins; the text's end where there is none, or where it cannot be told."""
+        if i + 1 == len(messages) or not messages[i + 1].content.strip():
+            return len(text)
+        try:
+            return self._by_marks(text, messages, i + 1, tools)[0]
+        except RowError:
+            return len(text)
 
     def _past_calls(self, text: str, position: int, message: Message, i: int) -> int:
         """The end of the last call's last value; raises RowError when anything of the calls is not in the turn."""

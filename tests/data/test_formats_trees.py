@@ -122,6 +122,20 @@ def test_what_is_no_tree_is_told_by_its_message(prompt, reason, told):
     assert error.value.reason == reason
 
 
+def test_a_tree_that_is_too_deep_to_read_is_a_row_and_not_a_crash():
+    prompt = message("u400")
+    for n in reversed(range(400)):
+        prompt = message(f"{'ua'[n % 2]}{n}", prompt)
+    with pytest.raises(RowError, match="message u200 has 200 messages above it"):
+        read(tree(prompt))
+
+
+def test_two_messages_that_say_the_same_are_two():
+    same = {"text": "Yes", "role": "assistant", "replies": []}
+    row = {"prompt": {"text": "Hi", "role": "prompter", "replies": [same, dict(same)]}, "message_tree_id": "t"}
+    assert read(row) == ["Hi YES", "Hi YES"]
+
+
 def flat(*pairs):
     return [{**message(name), "parent_id": parent} for name, parent in pairs]
 

@@ -120,3 +120,9 @@ def test_a_block_on_one_line_is_found_where_the_template_spreads_it(byte_tokeniz
     assert learnt(rendered) == [THOUGHT + "Yes<|im_end|>"]
     kept = load_template("chatml", byte_tokenizer).render(TWICE)
     assert learnt(kept) == [THOUGHT + "Yes<|im_end|>", THOUGHT + "No<|im_end|>"]
+
+
+@pytest.mark.parametrize("word", ["end", "m", "hi im", "t", "o"])
+def test_a_next_question_that_reads_like_a_marker_hides_no_stop(word, byte_tokenizer):
+    rendered = load_template("qwen3", byte_tokenizer).render(talk("Hi", "Yes", word, THOUGHT + "No"))
+    assert learnt(rendered) == ["Yes<|im_end|>", THOUGHT + "No<|im_end|>"] and rendered.stops == 2
