@@ -192,8 +192,11 @@ def _weight(turn: Mapping[str, Any], n: int) -> float | None:
 def _opened(row: Row, said: Sequence[Message]) -> Conversation:
     """The messages after the system column's text, which may stand there a second time as the first message."""
     tools = parse_tools(row.get("tools"))
-    meta = {"tools": tools} if tools else {}
     column = system_message(row)
+    opening = [*column, *said][:1]
+    # Rows in the text form list their tools in the system message already.
+    listed = bool(opening) and opening[0].role == "system" and "<tools>" in opening[0].content
+    meta = {"tools": tools} if tools and not listed else {}
     if column and said and said[0].role == "system":
         if said[0].content.strip() != column[0].content.strip():
             raise RowError(

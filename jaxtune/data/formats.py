@@ -89,12 +89,12 @@ class Layout:
         for field in spec.required:
             if self.columns[field] not in row:
                 raise RowError("missing column", missing(self.columns[field], list(row)))
-        found = {field: self._column(field, row) for field in spec.fields}
+        found = {field: self._column(field, row) for field in (*spec.fields, *(set(self.columns) - set(spec.fields)))}
         return {field: row.get(column) for field, column in found.items() if column is not None}
 
     def _column(self, field: str, row: Row) -> str | None:
         """The column of this row that holds the field: the layout's, else the first usual name that is there."""
-        column, usual = self.columns.get(field), FORMATS[self.format].fields[field]
+        column, usual = self.columns.get(field), FORMATS[self.format].fields.get(field, ())
         if column is not None and (column in row or column not in usual):
             return column
         return next((name for name in usual if name in row), None)
@@ -157,6 +157,7 @@ def find_layout(
     for field in spec.required:
         if chosen[field] is None:
             raise ValueError(f"format {format}: {missing(field, found)}; map it with columns.{field}=COLUMN")
+    chosen |= columns
     kept = {field: column for field, column in chosen.items() if column is not None}
     return Layout(format, kept, read_options(format, options or {}), system)
 

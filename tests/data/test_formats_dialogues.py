@@ -4,6 +4,7 @@ import pytest
 
 from jaxtune.data.formats import find_layout
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
+from jaxtune.data.templates import load_template
 
 ADD = {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}
 
@@ -191,6 +192,24 @@ def test_tools_that_cannot_be_read_are_told():
     ):
         with pytest.raises(RowError, match=told):
             find_layout([{**row, "tools": tools}]).convert({**row, "tools": tools})
+
+
+def test_rows_in_the_text_form_already_are_not_told_of_their_tools_twice(byte_tokenizer):
+    called = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    row = {
+        **shared_gpt(
+            ("system", "Call these: <tools>[...]</tools>"),
+            ("human", "Hi"),
+            ("gpt", called),
+            ("tool", "<tool_response>\n3\n</tool_response>"),
+            ("gpt", "3"),
+        ),
+        "tools": '[{"name": "add"}]',
+    }
+    (conversation,) = find_layout([row]).convert(row)
+    for name in ("chatml", "qwen3"):
+        text = load_template(name, byte_tokenizer).render(conversation).text
+        assert text.count("<tools>") == text.count("<tool_response>") == text.count("<tool_call>") == 1
 
 
 # Cleaning

@@ -71,6 +71,8 @@ def test_fields_are_the_rows_columns_and_the_formats_own_names():
     assert layout.fields(row) == {**row, "prompt": "Hi", "completion": "Y"}
     raw = find_layout([row], format="fields")
     assert raw.fields(row) == row and raw.describe() == "fields"
+    named = find_layout([row], format="fields", columns={"question": "frage"})
+    assert named.fields(row) == {**row, "question": "Hi"} and named.describe() == "fields (question <- frage)"
     with pytest.raises(RowError, match=r"format fields has no conversation of its own; .* data.train.N.templates"):
         raw.convert(row)
 
