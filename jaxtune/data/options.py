@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +39,10 @@ class OptionsStyle:
         return label if label[:1] in "([" else label.rstrip(".):")
 
     def _label(self, i: int) -> str:
-        # Past Z, numbers go on where letters end.
-        letter = _LETTERS[i] if i < len(_LETTERS) else str(i + 1)
-        return self.label.replace("A", letter).replace("a", letter.lower()).replace("1", str(i + 1))
+        number = str(i + 1)
+        letter = _LETTERS[i] if i < len(_LETTERS) else number  # past Z, numbers go on where letters end
+        written = {"A": letter, "a": letter.lower(), "1": number}
+        return re.sub("[Aa1]", lambda found: written[found[0]], self.label)
 
 
 STYLES: dict[str, OptionsStyle] = {

@@ -87,8 +87,8 @@ def test_letters_answer_only_where_every_option_has_one_of_its_own():
     style = options.OptionsStyle("", "a)")
     assert style.answer(["x", "y"], 1) == "b"
     assert style.answer(["x", "x"], 1) == "x"
-    many = [str(i) for i in range(30)]
-    assert style.answer(many, 29) == "29"
+    many = [f"option {i}" for i in range(31)]
+    assert style.answer(many, 29) == "option 29" and style.block(many).endswith("\n31) option 30")
     assert options.OptionsStyle("", "[A]").answer(["x", "y"], 1) == "[B]"
 
 
