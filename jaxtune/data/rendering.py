@@ -10,13 +10,14 @@ they are written as text first (`tool_calls.py`).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
 import numpy as np
 
 from jaxtune.data.jinja_sandbox import chat_environment
+from jaxtune.data.offsets import Encoder, Places
 from jaxtune.data.records import Conversation, Message, RowError
 from jaxtune.data.tool_calls import as_text, uses_tools, with_ids
 from jaxtune.data.turns import LEARNT, Turn, TurnFinder, after_marks, probe
@@ -46,6 +47,18 @@ class Rendered:
     def stops(self) -> int:
         """Trained answers whose end-of-turn token is trained too."""
         return sum(stops for _, stops in self.ends)
+
+
+class Answer(NamedTuple):
+    """One answer by itself: the text that the model is asked with, and what it says up to its end of turn.
+
+    `number` counts the answers of its conversation from 0, trained or not; `weight` is that of each of its tokens.
+    """
+
+    number: int
+    prompt: str
+    text: str
+    weight: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +100,12 @@ class ChatTemplate:
             raise ValueError(f"template {self.name}, line {error.lineno}: {error.message}") from error
         self._names = dict(self.tokenizer.special_tokens_map)  # bos_token, eos_token, ...: what templates may name
         self.knows_tools = "tools" in names and "tool_calls" in self.text
+        self._encoder = Encoder(self.tokenizer.backend_tokenizer)
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted(special | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_jinja", "_finder")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_jinja", "_finder", "_encoder")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -159,13 +173,9 @@ class ChatTemplate:
             except RowError as error:
                 results.append(error)
         good = [result for result in results if not isinstance(result, RowError)]
-        encodings = self._encode([text for text, *_ in good])
-        finished = iter([self._weigh(layout, encoding) for layout, encoding in zip(good, encodings, strict=True)])
+        encoded = self._encoder.encode([text for text, *_ in good])
+        finished = iter([self._weigh(layout, *found) for layout, found in zip(good, encoded, strict=True)])
         return [result if isinstance(result, RowError) else next(finished) for result in results]
-
-    def _encode(self, texts: list[str]) -> list[Any]:
-        # The backend's own batch call is what the tokenizer's __call__ ends in, without building lists of lists.
-        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False) if texts else []
 
     def _turns(self, conversation: Conversation) -> tuple[str, tuple[Message, ...], list[Turn]]:
         """(text, the messages as they were rendered, where they are)."""
@@ -187,31 +197,38 @@ class ChatTemplate:
         spans, answers = [], []
         for i, (message, turn) in enumerate(zip(messages, turns, strict=True)):
             learnt = message.role in LEARNT
-            weight = message.weight
-            if weight is None:
-                weight = float(train_on == "all" or (learnt and (train_on == "assistant" or i == last)))
-                # An empty answer among others would teach to stop at once.
-                weight = 0.0 if learnt and message.is_blank else weight
+            weight = _weight_of(message, train_on, last=i == last)
             span = (turn.start, turn.end, weight) if learnt else (turn.content, turn.content_end, weight)
             spans.append(span)
             if learnt and weight > 0 and turn.end > turn.start:  # an empty answer has no place
                 answers.append(turn)
         return text, spans, answers, train_on == "all"
 
-    def _weigh(self, layout: tuple[Any, ...], encoding: Any) -> Rendered:
+    def _weigh(self, layout: tuple[Any, ...], ids: np.ndarray, places: Places) -> Rendered:
         """Gives each token the weight of the span it reaches into."""
         text, spans, answers, everything = layout
-        ids = np.array(encoding.ids, np.int32)
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        start, end = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
         weights = np.zeros(len(ids), np.float32)
         if everything:  # but not what follows the last answer's end
-            weights[start < max((span[1] for span in spans), default=0)] = 1.0
+            weights[: places.until(text, max((span[1] for span in spans), default=0))] = 1.0
         for first, stop, weight in spans:
-            weights[(start < stop) & (end > first)] = weight
-        last = [int(np.searchsorted(start, turn.end)) - 1 for turn in answers]
+            if weight or everything:
+                weights[places.first(text, first) : places.until(text, stop)] = weight
+        last = [places.until(text, turn.end) - 1 for turn in answers]
         ends = tuple((i, bool(ids[i] == self.end_id and weights[i] > 0)) for i in last)
         return Rendered(ids, weights, text, tuple(s for s in spans if s[2] > 0 and s[1] > s[0]), ends)
+
+    def answers(self, conversation: Conversation, *, train_on: str = "assistant") -> list[Answer]:
+        """The trained answers of a conversation as pairs; raises RowError as `render`."""
+        text, messages, turns = self._turns(conversation)
+        tools = conversation.meta.get("tools", ()) if self.knows_tools and uses_tools(conversation) else ()
+        spoken = [i for i, message in enumerate(messages) if message.role in LEARNT]
+        out = []
+        for number, i in enumerate(spoken):
+            weight = _weight_of(messages[i], train_on, last=i == spoken[-1])
+            if weight > 0 and turns[i].end > turns[i].start:
+                prompt = self.text_of([m.as_dict() for m in messages[:i]], add_generation_prompt=True, tools=tools)
+                out.append(Answer(number, prompt, text[turns[i].start : turns[i].end], weight))
+        return out
 
     def _find_end_of_turn(self) -> str:
         """The first special token after an answer that ends a conversation."""
@@ -257,3 +274,13 @@ class ChatTemplate:
             adding_turns_keeps_tokens=one.tokens[:stop].tolist() == two.tokens[:stop].tolist(),
             prompt_tokens_are_prefix=one.tokens[: len(prompt)].tolist() == prompt,
         )
+
+
+def _weight_of(message: Message, train_on: str, *, last: bool) -> float:
+    """How much a message's tokens count; `last`: it is the conversation's last answer."""
+    if message.weight is not None:
+        return message.weight
+    if message.role not in LEARNT:
+        return float(train_on == "all")
+    # An empty answer among others would teach to stop at once.
+    return float(not message.is_blank and (train_on != "last" or last))

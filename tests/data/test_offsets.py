@@ -1,0 +1,116 @@
+"""Where tokens stand, from their lengths in bytes: exactly where the tokenizer's own offsets put them."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers, processors
+
+from jaxtune import hub
+from jaxtune.data import offsets
+from jaxtune.data.templates import load_tokenizer
+
+CORPUS = ["Hello there, how are you? I am well.\n  The answer is 42: yes, e\u0301t\u00e9."] * 50
+PIECES = st.sampled_from(
+    [
+        *"ab Ce1",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "é",
+        "é",
+        "漢",
+        "🙂",
+        "▁",
+        "ﬁ",
+        "\u200d",
+        "</s>",
+        "<s>",
+        " the",
+        "Hello",
+        "x" * 20,
+    ]
+)
+TEXTS = st.lists(PIECES, min_size=1, max_size=40).map("".join)
+
+
+def byte_level(*, trim, normalizer=None, split=False):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim, use_regex=not split)]
+    if split:
+        steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(r"\\s?\\w+|[^\\w\\s]+|\\s+"), "isolated"))
+    model.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    model.post_processor = processors.ByteLevel(trim_offsets=trim)
+    if normalizer is not None:
+        model.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    model.train_from_iterator(CORPUS, trainer)
+    return model
+
+
+def sentencepiece(normalizer, pre_tokenizer):
+    """The quickstart's SentencePiece vocabulary under other rules for spaces."""
+    told = json.loads(load_tokenizer(hub.resolve_folder("builtin:quickstart")).backend_tokenizer.to_str())
+    added = [token for token in told["added_tokens"] if token["special"]]
+    told |= {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "added_tokens": added}
+    return tokenizers.Tokenizer.from_str(json.dumps(told))
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+KINDS = {
+    "byte level": lambda: byte_level(trim=False),
+    "byte level, trimmed": lambda: byte_level(trim=True),
+    "byte level, split by a pattern": lambda: byte_level(trim=True, split=True),
+    "byte level, NFC": lambda: byte_level(trim=False, normalizer=normalizers.NFC()),
+    "sentencepiece": lambda: sentencepiece(REPLACE, None),
+    "sentencepiece, a space before every stretch": lambda: sentencepiece(
+        {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, REPLACE]}, None
+    ),
+    "sentencepiece, a space before the first": lambda: sentencepiece(None, {**METASPACE, "prepend_scheme": "first"}),
+    "sentencepiece, no space": lambda: sentencepiece(None, {**METASPACE, "prepend_scheme": "never"}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request):
+    made = KINDS[request.param]()
+    assert offsets._token_lengths(made) is not None, "this kind goes the fast way"
+    return made
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS, data=st.data())
+def test_places_are_those_of_the_offsets(tokenizer, text, data):
+    (ids, places) = offsets.Encoder(tokenizer).encode([text])[0]
+    told = tokenizer.encode(text, add_special_tokens=False)
+    assert ids.tolist() == told.ids
+    start = np.array([a for a, _ in told.offsets])
+    end = np.maximum([b for _, b in told.offsets], start + 1)
+    first, stop = sorted(data.draw(st.integers(0, len(text))) for _ in range(2))
+    inside = np.flatnonzero((start < stop) & (end > first)).tolist()
+    assert list(range(places.first(text, first), places.until(text, stop))) == inside
+
+
+def test_plain_texts_go_the_fast_way(tokenizer):
+    (_, places) = offsets.Encoder(tokenizer).encode(["Hello there, \u00e9t\u00e9 is well.</s>\nYes"])[0]
+    assert places.in_bytes
+
+
+def test_real_texts_go_the_fast_way(shared, llama_tokenizer):
+    rows = [json.loads(line)["question"] for line in (shared / "gsm8k" / "train.jsonl").read_text().splitlines()[:500]]
+    encoder = offsets.Encoder(llama_tokenizer.backend_tokenizer)
+    assert all(places.in_bytes for _, places in encoder.encode(rows))
+
+
+def test_another_kind_of_tokenizer_is_asked_for_its_offsets():
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"Hello": 0, "there": 1, "?": 2}, unk_token="?"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    (ids, places) = offsets.Encoder(model).encode(["Hello there"])[0]
+    assert (ids.tolist(), places.in_bytes) == ([0, 1], False)
+    assert (places.first("Hello there", 6), places.until("Hello there", 5)) == (1, 1)
