@@ -70,8 +70,9 @@ class ExampleId(NamedTuple):
 class HostBatch(NamedTuple):
     """Rows of one step as the data path gives them on a host, before they become device arrays.
 
-    `arrays` holds numpy `[rows T]`; `examples[i][s - 1]` names the example that is segment s of row i.
+    `arrays` holds numpy `[rows T]` (and `[rows S]` for an encoder); `examples[i][s - 1]` names the example that is
+    segment s of row i.
     """
 
-    arrays: Batch
+    arrays: Batch | PairBatch
     examples: tuple[tuple[ExampleId, ...], ...]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtune.data.content import content_hashes, fields_hash
 from jaxtune.data.fewshot import Exemplars
 from jaxtune.data.formats import Layout
-from jaxtune.data.packing import Example
+from jaxtune.data.packing import Example, Pair
 from jaxtune.data.reasoning import apply_reasoning
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
 from jaxtune.data.sources import Source
@@ -29,13 +29,26 @@ HELD_OUT = "also held out"
 
 @dataclasses.dataclass(frozen=True)
 class ExampleOptions:
-    """How rows become examples; fields as in the configuration."""
+    """How rows become examples; fields as in the configuration.
+
+    With an `encoder_length` examples are pairs for an encoder-decoder, whose decoder has `max_length`. Raises
+    ValueError for options that make no sense together.
+    """
 
     max_length: int
     train_on: str = "assistant"
     overlong: str = "drop"
     loss_weighting: str = "token"
     reasoning: str = "keep"
+    encoder_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoder_length is not None and self.overlong == "split":
+            raise ValueError(
+                "data.overlong: found split; expected drop, error, truncate_turns or truncate_right for an "
+                "encoder-decoder: each answer of a conversation is a pair of its own already, and an answer cut in two "
+                "has no question for its second half"
+            )
 
 
 @dataclasses.dataclass
@@ -47,7 +60,7 @@ class RowResult:
     `reasoning_removed` counts the reasoning blocks that `data.reasoning` took out of its answers.
     """
 
-    examples: list[Example]
+    examples: list[Example | Pair]
     tokens: int = 0
     trained: int = 0
     lost_tokens: int = 0
@@ -64,7 +77,12 @@ class RowReader:
 
     `phrasing` words rows by the templates of a task; a few-shot one takes exemplars from `exemplar_rows` (int64; None:
     all rows). `excluded` are sorted uint64 content hashes of held-out examples: rows that say the same give none.
+
+    `sides` is how many lengths an example has. `remedy` says what to do about lost tokens.
     """
+
+    sides = 1
+    remedy = "raise data.max_length or choose data.overlong=split (loses nothing), truncate_turns or truncate_right"
 
     def __init__(
         self,
@@ -101,14 +119,15 @@ class RowReader:
 
     def read(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> list[RowResult]:
         """What becomes of each row in its epoch (default 0); never raises for a row, whose error is in its result."""
-        results, waiting = [], []
+        results: list[RowResult] = []
+        waiting: list[tuple[RowResult, int, Conversation]] = []
         for row, epoch in zip(rows, [0] * len(rows) if epochs is None else epochs, strict=True):
             result = RowResult([])
             results.append(result)
             try:
                 conversations, left_out = self._kept(row, epoch)
             except RowError as error:
-                _fail(result, error, self.source.where(row))
+                fail(result, error, self.source.where(row))
             except NothingToLearn as nothing:
                 result.reason = nothing.reason
             else:
@@ -117,15 +136,28 @@ class RowReader:
                     thinned, removed = apply_reasoning(conversation, self.options.reasoning)
                     result.reasoning_removed += removed
                     waiting.append((result, row, thinned))
+        self._learn(waiting)
+        return results
+
+    def _learn(self, waiting: Sequence[tuple[RowResult, int, Conversation]]) -> None:
+        """Appends to each (result, row, conversation)'s result what the conversation gives."""
         for (result, row, conversation), rendered in zip(waiting, self._render([c for *_, c in waiting]), strict=True):
             if isinstance(rendered, RowError):
-                _fail(result, rendered, self.source.where(row))
+                fail(result, rendered, self.source.where(row))
             elif not rendered.weights[1:].any():
                 result.reason = NOT_TRAINED
                 result.lost_tokens += len(rendered.tokens)
             else:
                 self._add(result, row, conversation, rendered)
-        return results
+
+    def shown(self, row: int) -> str:
+        """The row's first example as the model sees it, with « » around what is trained; raises RowError."""
+        rendered = self.render(self.conversations(row)[0])
+        pieces, at = [], 0
+        for start, end, _ in sorted(rendered.spans):
+            pieces += [rendered.text[at:start], "«", rendered.text[start:end], "»"]
+            at = end
+        return "".join([*pieces, rendered.text[at:]])
 
     def conversations(self, row: int, epoch: int = 0) -> list[Conversation]:
         """The row's conversations in an epoch; raises RowError or NothingToLearn, as for a row that is held out."""
@@ -210,7 +242,7 @@ class RowReader:
             pieces = [rendered]
         elif self.options.overlong == "error":
             message = f"{total - 1} positions are more than max_length {longest - 1}; raise it or set data.overlong"
-            return _fail(result, RowError(OVERLONG, message), self.source.where(row))
+            return fail(result, RowError(OVERLONG, message), self.source.where(row))
         elif self.options.overlong == "drop":
             pieces = []
         elif self.options.overlong == "truncate_right":
@@ -236,7 +268,7 @@ class RowReader:
 
     def _newest_turns(self, conversation: Conversation, longest: int) -> list[Rendered]:
         """The system message with the newest whole turns that fit; none when the last turn alone does not."""
-        system, rounds = _rounds(conversation)
+        system, rounds = rounds_of(conversation)
         for first in range(1, len(rounds)):
             rendered = self.render(Conversation((*system, *sum(rounds[first:], ())), conversation.meta))
             if len(rendered.tokens) <= longest:
@@ -249,7 +281,7 @@ class RowReader:
         Every trained token is kept once: a repeated system message has weight 0 after the first time, and pieces
         of one turn share one token, the last target of one being the first input of the next.
         """
-        system, rounds = _rounds(conversation)
+        system, rounds = rounds_of(conversation)
         if len(rounds) < 2:
             return _pieces(whole, longest)
         out: list[Rendered] = []
@@ -295,11 +327,11 @@ def _bytes(array: np.ndarray | None) -> bytes:
     return b"" if array is None else array.tobytes()
 
 
-def _fail(result: RowResult, error: RowError, where: str) -> None:
+def fail(result: RowResult, error: RowError, where: str) -> None:
     result.reason, result.message, result.bad = error.reason, f"{where}: {error}", True
 
 
-def _rounds(conversation: Conversation) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+def rounds_of(conversation: Conversation) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
     """The system message (or nothing), and the turns: each a user message with what answers it."""
     messages = conversation.messages
     system = messages[:1] if messages[0].role == "system" else ()

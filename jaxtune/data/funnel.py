@@ -22,7 +22,10 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFunnel:
-    """One source from rows read to tokens trained; `exact` is False when estimated from a sample."""
+    """One source from rows read to tokens trained; `exact` is False when estimated from a sample.
+
+    `remedy` says what to do about lost tokens.
+    """
 
     name: str
     rows: int
@@ -35,6 +38,7 @@ class SourceFunnel:
     stops: int
     lost: Mapping[str, Loss]
     exact: bool
+    remedy: str
 
     def why_lost(self) -> str:
         """Every reason of loss with its number of rows and the first of them."""
@@ -65,8 +69,7 @@ class Funnel:
             if share > 0.01:
                 rows = sum(loss.rows for reason, loss in s.lost.items() if reason == "over length")
                 out.append(
-                    f"{s.name}: {share:.1%} of its tokens are lost because {rows:,} rows are over length; raise "
-                    "data.max_length or choose data.overlong=split (loses nothing), truncate_turns or truncate_right"
+                    f"{s.name}: {share:.1%} of its tokens are lost because {rows:,} rows are over length; {s.remedy}"
                 )
             if not s.kept:  # only evaluation may go on without a source
                 out.append(
@@ -135,6 +138,7 @@ def summarise(name: str, reader: RowReader, table: RowTable, *, rows: int, exact
         stops=scaled("stops"),
         lost=lost,
         exact=exact,
+        remedy=reader.remedy,
     )
 
 

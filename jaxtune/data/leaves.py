@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxtune.config import Config, SourceConfig
 from jaxtune.data import formats, lengths, mixture, sources, tasks, templates
+from jaxtune.data.encoder_decoder import PairReader
 from jaxtune.data.examples import ExampleOptions, RowReader
 from jaxtune.data.records import RowError
 from jaxtune.data.shares import style_parts
@@ -52,7 +53,9 @@ class OpenLeaf:
 class Opener:
     """Opens trees of one run: each source, template and phrasing once."""
 
-    def __init__(self, config: Config, *, tokenizer: Any, max_length: int, cache_dir: str | None) -> None:
+    def __init__(
+        self, config: Config, *, tokenizer: Any, max_length: int, encoder_length: int | None, cache_dir: str | None
+    ) -> None:
         self.config, self.tokenizer, self.cache_dir = config, tokenizer, cache_dir
         # Those of all sources, so that a template is refused before any source is read.
         named = {source.template for source in every_source((*config.data.train, *config.data.eval)) if source.template}
@@ -66,7 +69,9 @@ class Opener:
             overlong=config.data.overlong,
             loss_weighting=config.tuning.loss_weighting,
             reasoning=config.data.reasoning,
+            encoder_length=encoder_length,
         )
+        self.reader = RowReader if encoder_length is None else PairReader
 
     def find(self, root: Node) -> tuple[dict[int, sources.Source], Node, tuple[str, ...]]:
         """Opens the sources of a tree, by number; returns them, the tree of those found, and the names of the others.
@@ -154,7 +159,7 @@ class Opener:
                 phrasing.check(first)
             except ValueError as problem:
                 raise ValueError(f"{leaf.name}: {problem}") from problem
-        return RowReader(
+        return self.reader(
             source,
             layout,
             self.templates[leaf.config.template or self.config.data.template],

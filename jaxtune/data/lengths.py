@@ -25,7 +25,8 @@ _COLUMNS = ("tokens", "trained", "lost", "turns", "stops", "reason", "bad", "exa
 
 @dataclasses.dataclass(frozen=True)
 class RowTable:
-    """What became of each of `rows` (int64 [n]): arrays [n], and `lengths` of all their examples in order.
+    """What became of each of `rows` (int64 [n]): arrays [n], and of all their examples in order `lengths` [examples
+    sides], int32: of the sequence, or of encoder and decoder.
 
     `epochs` int64 [n] where a row's examples depend on the epoch, else None; entries ascend by epoch, then by row.
     `reason` indexes `reasons`, whose entry 0 is for rows without loss; `messages` tells each bad row's full story.
@@ -45,7 +46,7 @@ class RowTable:
         return np.searchsorted(_pair_keys(self.rows, self.epochs), _pair_keys(rows, epochs))
 
     def examples_of(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths of the examples of the table's entries `at`, in order, and how many each entry has."""
+        """Lengths [examples sides] of the examples of the entries `at`, in order, and how many each entry has."""
         counts = self.columns["examples"][at]
         first = np.concatenate([[0], np.cumsum(self.columns["examples"])])[at]
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -54,6 +55,10 @@ class RowTable:
     def mean_tokens(self) -> float:
         """Tokens that an average draw brings; rows without an example bring none."""
         return float(self.columns["tokens"].mean()) if len(self.rows) else 0.0
+
+    def mean_lengths(self) -> np.ndarray:
+        """Positions that an average draw takes on each side of a row, float64 [sides]."""
+        return self.lengths.sum(axis=0, dtype=np.float64) / max(1, len(self.rows))
 
 
 class Wanted(NamedTuple):
@@ -153,7 +158,7 @@ def _wanted_key(key: str, wanted: Wanted) -> str:
 def _read_all(reader: RowReader, wanted: Wanted, progress: Progress | None, done: int, total: int) -> RowTable:
     reasons: dict[str, int] = {"": 0}
     entries: list[tuple[int, ...]] = []
-    lengths: list[int] = []
+    lengths: list[tuple[int, ...]] = []
     messages: dict[int, str] = {}
     rows, epochs = wanted
     for start in range(0, len(rows), _BLOCK):
@@ -161,7 +166,7 @@ def _read_all(reader: RowReader, wanted: Wanted, progress: Progress | None, done
         when = [0] * len(block) if epochs is None else epochs[start : start + _BLOCK].tolist()
         for row, r in zip(block, reader.read(block, when), strict=True):
             code = reasons.setdefault(r.reason or "", len(reasons))
-            lengths += [len(example.tokens) for example in r.examples]
+            lengths += [example.lengths for example in r.examples]
             entries.append((r.tokens, r.trained, r.lost_tokens, r.turns, r.stops, code, r.bad, len(r.examples)))
             if r.bad:
                 messages[row] = r.message
@@ -169,7 +174,8 @@ def _read_all(reader: RowReader, wanted: Wanted, progress: Progress | None, done
             progress(done + min(start + _BLOCK, len(rows)), total)
     array = np.array(entries, np.int64).reshape(-1, len(_COLUMNS))
     columns = {key: array[:, i].copy() for i, key in enumerate(_COLUMNS)}
-    return RowTable(rows, epochs, columns, np.array(lengths, np.int32), tuple(reasons), messages)
+    of_each = np.array(lengths, np.int32).reshape(-1, reader.sides)
+    return RowTable(rows, epochs, columns, of_each, tuple(reasons), messages)
 
 
 def _save(path: str, tables: Sequence[RowTable]) -> None:

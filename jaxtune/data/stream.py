@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from jaxtune.batch import ExampleId, HostBatch
-from jaxtune.data import formats, funnel, mixture, packing, sources
+from jaxtune.data import formats, funnel, mixture, sources
 from jaxtune.data.examples import RowReader
 from jaxtune.data.plan import MixturePlan
 from jaxtune.data.windows import LaneWindows, PhaseEnd, Window, WindowMaker
@@ -36,9 +36,9 @@ class Stream:
 
     `steps_per_run`: batches until the plan's epochs are seen, None when rows are too many to count beforehand (then
     `train.steps` must say) or when `train.steps` says so: then batches never end. `rows_of_windows` int64, where
-    counted. `fill`: share of positions that hold a token. `warnings` are sentences for just before step 1. `identity`
-    names everything that the batches are a function of, `fingerprint` sums it up. `phase_ends`: of every phase but the
-    last.
+    counted. `fill`: share of positions that hold a token, on each side of a row. `warnings` are sentences for just
+    before step 1. `identity` names everything that the batches are a function of, `fingerprint` sums it up.
+    `phase_ends`: of every phase but the last.
     """
 
     maker: WindowMaker
@@ -49,7 +49,7 @@ class Stream:
     source_tags: tuple[tuple[str, ...], ...]
     layouts: tuple[formats.Layout, ...]
     rows_of_windows: np.ndarray | None
-    fill: float | None
+    fill: tuple[float, ...] | None
     warnings: tuple[str, ...]
     identity: Mapping[str, str]
     fingerprint: str
@@ -147,7 +147,7 @@ class Stream:
             after: dict[str, Any] = {"fingerprint": self.fingerprint, "batch": batch}
             if self.phase_ends:
                 counts = any(end.kind == "tokens" for end in self.phase_ends[len(ends) :])
-                tokens += sum(n for [n] in exchange([int((made.arrays.segment_ids > 0).sum())])) if counts else 0
+                tokens += sum(n for [n] in exchange([self.maker.rows.tokens_in(made.arrays)])) if counts else 0
                 if self._phase_is_over(batch, tokens, len(ends)):
                     # A window is begun once a row of it is taken; the first that no lane has begun opens the phase.
                     begun = max(window + (row > 0) for window, row in cursors.values())
@@ -236,15 +236,14 @@ class Stream:
             row, ids = [], []
             if place is not None:
                 window, r = place
-                first = np.cumsum(window.lengths) - window.lengths
+                first = np.cumsum(window.lengths, axis=0) - window.lengths
                 for e in window.order[window.splits[r] : window.splits[r + 1]].tolist():
-                    span = slice(int(first[e]), int(first[e] + window.lengths[e]))
-                    example = packing.Example(window.tokens[span], window.targets[span], window.weights[span])
                     ids.append(ExampleId(*window.ids[e].tolist()))
+                    example = self.maker.rows.one_of(window.joined, first[e], window.lengths[e])
                     row.append((example, ids[-1].source))
             rows.append(row)
             names.append(tuple(ids))
-        return HostBatch(packing.lay_out(rows, self.maker.length), tuple(names))
+        return HostBatch(self.maker.rows.lay_out(rows), tuple(names))
 
     def describe(self) -> str:
         """What will be learnt from, for a person: layouts, one rendered example, the plan and the funnel."""
@@ -263,7 +262,7 @@ class Stream:
         if self.plan is not None and len(self.plan.leaves) > 1:
             lines.append(self.plan.table())
         if self.fill is not None:
-            lines.append(f"packing fills {self.fill:.1%} of {self.maker.length} positions a row; {self.lanes} lanes")
+            lines.append(f"{self.maker.rows.describe(self.fill)}; {self.lanes} lanes")
         return "\n".join(lines)
 
 
@@ -294,10 +293,5 @@ def example_text(reader: RowReader) -> str:
     for row in range(min(len(reader.source), 1000)):
         if not reader.read([row])[0].examples:
             continue
-        rendered = reader.render(reader.conversations(row)[0])
-        pieces, at = [], 0
-        for start, end, _ in sorted(rendered.spans):
-            pieces += [rendered.text[at:start], "«", rendered.text[start:end], "»"]
-            at = end
-        return "".join([*pieces, rendered.text[at:]])
+        return reader.shown(row)
     return "(none among the first 1,000 rows)"

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data import lengths, mixture, packing
+from jaxtune.data import lengths, mixture
 from jaxtune.data.examples import RowReader
+from jaxtune.data.packing import Example, Pair
+from jaxtune.data.rows import Rows
 
 
 class PhaseEnd(NamedTuple):
@@ -23,13 +25,11 @@ class PhaseEnd(NamedTuple):
 class Window(NamedTuple):
     """A packed window: its examples end to end, whose they are, and its rows.
 
-    `tokens`, `targets` int32 and `weights` float32 [sum of lengths]; `lengths` [examples]; `ids` int64 [examples 3] of
-    (source, row, epoch); row r holds examples `order[splits[r]:splits[r + 1]]`. `bad`: (source, row, message).
+    `joined`: arrays [sum of lengths]; `lengths` int64 [examples sides]; `ids` int64 [examples 3] of (source, row,
+    epoch); row r holds examples `order[splits[r]:splits[r + 1]]`. `bad`: (source, row, message).
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
+    joined: Example | Pair
     lengths: np.ndarray
     ids: np.ndarray
     order: np.ndarray
@@ -46,8 +46,7 @@ class WindowMaker:
     epoch_draws: int
     total: int | None
     size: int
-    length: int
-    packing: bool
+    rows: Rows
     seed: int
 
     @property
@@ -94,9 +93,9 @@ class WindowMaker:
         first = epoch * self.epoch_draws + part * self.size
         return first, min(first + self.size, (epoch + 1) * self.epoch_draws)
 
-    def pack(self, lengths: Sequence[int], window: int) -> list[list[int]]:
-        """Rows of the window's examples."""
-        return packing.pack_window(lengths, self.length, seed=self.seed, window=window, packing=self.packing)
+    def pack(self, lengths: np.ndarray, window: int) -> list[list[int]]:
+        """Rows of the window's examples, of int64 `lengths` [examples sides]."""
+        return self.rows.pack(lengths, seed=self.seed, window=window)
 
     def make(self, window: int) -> Window:
         """Reads, renders, tokenises and packs a window."""
@@ -114,12 +113,11 @@ class WindowMaker:
             ids += [name] * len(result.examples)
             if result.bad:
                 bad.append((name[0], name[1], result.message))
-        rows = self.pack([len(e.tokens) for e in examples], window)
+        of_each = np.array([e.lengths for e in examples], np.int64).reshape(-1, len(self.rows.room))
+        rows = self.pack(of_each, window)
         return Window(
-            tokens=np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in examples)]),
-            targets=np.concatenate([np.zeros(0, np.int32), *(e.targets for e in examples)]),
-            weights=np.concatenate([np.zeros(0, np.float32), *(e.weights for e in examples)]),
-            lengths=np.array([len(e.tokens) for e in examples], np.int64),
+            joined=self.rows.joined(examples),
+            lengths=of_each,
             ids=np.array(ids, np.int64).reshape(-1, 3),
             order=np.array([e for row in rows for e in row], np.int64),
             splits=np.cumsum([0, *map(len, rows)]),
@@ -153,8 +151,8 @@ class LaneWindows:
         return number, self.maker.make(number)
 
 
-def window_lengths(draws: mixture.Draws, tables: Sequence[lengths.RowTable]) -> list[int]:
-    """Lengths of the examples of some draws, in the order of the draws."""
+def window_lengths(draws: mixture.Draws, tables: Sequence[lengths.RowTable]) -> np.ndarray:
+    """Lengths of the examples of some draws, int64 [examples sides], in the order of the draws."""
     owner, found = [], []
     for s in np.unique(draws.source).tolist():
         at = np.flatnonzero(draws.source == s)
@@ -162,6 +160,6 @@ def window_lengths(draws: mixture.Draws, tables: Sequence[lengths.RowTable]) -> 
         owner.append(np.repeat(at, counts))
         found.append(of_each)
     if not found:
-        return []
+        return np.zeros((0, tables[0].lengths.shape[1]), np.int64)
     order = np.argsort(np.concatenate(owner), kind="stable")
-    return np.concatenate(found)[order].tolist()
+    return np.concatenate(found)[order].astype(np.int64)
