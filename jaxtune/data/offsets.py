@@ -7,6 +7,7 @@ this does not foresee, its bytes do not add up; then the offsets are asked for a
 """
 
 import dataclasses
+import itertools
 import json
 import unicodedata
 from typing import Any, NamedTuple
@@ -18,25 +19,31 @@ _UNKNOWN = 1 << 40  # the length of a token whose text is not known: no sum with
 
 
 class Places(NamedTuple):
-    """First character of each token and the one past its last, int64 [n] each, in `unit`s of the text.
+    """First character of each token and the one past its last, int64 [n] each, counted from `base`.
 
-    Tokens without width, as some tokenizers leave them when they trim spaces, end where they begin.
+    `in_bytes`: bytes of UTF-8 stand for characters. Tokens without width, as some tokenizers leave them when they trim
+    spaces, end where they begin; `some_empty` says that there may be such.
     """
 
     start: np.ndarray
     end: np.ndarray
+    base: int
     in_bytes: bool
+    some_empty: bool
 
     def first(self, text: str, position: int) -> int:
         """The number of the first token that is not wholly before a character; one without width counts as one wide."""
-        return int(np.searchsorted(np.maximum(self.end, self.start + 1), self._unit(text, position), side="right"))
+        end = np.maximum(self.end, self.start + 1) if self.some_empty else self.end
+        return int(end.searchsorted(self._unit(text, position), side="right"))
 
     def until(self, text: str, position: int) -> int:
         """How many tokens begin before a character."""
-        return int(np.searchsorted(self.start, self._unit(text, position), side="left"))
+        return int(self.start.searchsorted(self._unit(text, position), side="left"))
 
     def _unit(self, text: str, position: int) -> int:
-        return len(text[:position].encode()) if self.in_bytes and not text.isascii() else position
+        if self.in_bytes and not text.isascii():
+            position = len(text[:position].encode("utf-8", "surrogatepass"))
+        return self.base + position
 
 
 class Encoder:
@@ -51,22 +58,17 @@ class Encoder:
             return []
         if self._lengths is None:
             return [_with_offsets(e) for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-        out = []
-        for text, encoding in zip(
-            texts, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
-        ):
-            ids = np.array(encoding.ids, np.int32)
-            places = self._lengths.places(ids, text)
-            if places is None:
-                out.append(_with_offsets(self._tokenizer.encode(text, add_special_tokens=False)))
-            else:
-                out.append((ids, places))
-        return out
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        placed = self._lengths.places([encoding.ids for encoding in found], texts)
+        return [
+            _with_offsets(self._tokenizer.encode(text, add_special_tokens=False)) if one is None else one
+            for text, one in zip(texts, placed, strict=True)
+        ]
 
 
 def _with_offsets(encoding: Any) -> tuple[np.ndarray, Places]:
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    return np.array(encoding.ids, np.int32), Places(offsets[:, 0], offsets[:, 1], in_bytes=False)
+    return np.array(encoding.ids, np.int32), Places(offsets[:, 0], offsets[:, 1], 0, in_bytes=False, some_empty=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +78,8 @@ class _TokenLengths:
     `lengths` int64 [V]; `added` bool [V]: tokens that stand alone; `lead`, `trail` int64 [V]: spaces at a token's ends
     that its offsets leave out. `prefix`: where the tokenizer writes a space that the text does not have, which the
     first token there has beside its own bytes: before "every" stretch between added tokens, before the "first" if that
-    does not begin with a space, or "never". `nfc`: texts are normalised first. `keeps_first`: one space at the very
-    beginning is not left out.
+    does not begin with a space, or "never". `nfc`: texts are normalised first. `keeps_first`: a single space at
+    the very beginning is not left out.
     """
 
     lengths: np.ndarray
@@ -88,27 +90,52 @@ class _TokenLengths:
     nfc: bool
     keeps_first: bool
 
-    def places(self, ids: np.ndarray, text: str) -> Places | None:
-        """Where the tokens of a text stand, in bytes of UTF-8; None when their bytes do not add up to the text's."""
-        ascii_only = text.isascii()
-        if not len(ids) or (self.nfc and not ascii_only and not unicodedata.is_normalized("NFC", text)):
-            return None
-        lengths = self.lengths[ids]
+    def places(self, ids: list[list[int]], texts: list[str]) -> list[tuple[np.ndarray, Places] | None]:
+        """Where the tokens of texts stand, in bytes of UTF-8; None for a text whose tokens do not add up to it.
+
+        All texts are one array here: a handful of numpy calls for each of thousands would take longer than the rest.
+        """
+        counts = np.array([len(one) for one in ids], np.int64)
+        stop = np.cumsum(counts)
+        first = stop - counts
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(stop[-1]))
+        lengths = self.lengths[flat] - self._written(flat, first, counts, texts)
+        end = np.cumsum(lengths)
+        start = end - lengths
+        base = np.where(counts > 0, start[np.minimum(first, len(flat) - 1)], 0) if len(flat) else first
+        sizes = np.array([len(t) if t.isascii() else len(t.encode("utf-8", "surrogatepass")) for t in texts], np.int64)
+        found = np.where(counts > 0, end[np.minimum(stop, len(flat)) - 1] - base, -1) if len(flat) else counts - 1
+        trims = bool(self.lead.any() or self.trail.any())
+        some_empty = trims or self.prefix != "never"
+        if trims:
+            lead = self.lead[flat]
+            if self.keeps_first:
+                opening = first[counts > 0]
+                lead[opening[lead[opening] == 1]] = 0
+            start = np.minimum(start + lead, end)
+            end = np.maximum(end - self.trail[flat], start)
+        right = (found == sizes).tolist()
+        out: list[tuple[np.ndarray, Places] | None] = []
+        for i, (a, b, zero) in enumerate(zip(first.tolist(), stop.tolist(), base.tolist(), strict=True)):
+            foreseen = right[i] and not (self.nfc and not unicodedata.is_normalized("NFC", texts[i]))
+            here = slice(a, b)
+            out.append((flat[here], Places(start[here], end[here], zero, True, some_empty)) if foreseen else None)
+        return out
+
+    def _written(self, flat: np.ndarray, first: np.ndarray, counts: np.ndarray, texts: list[str]) -> Any:
+        """1 for each token that has a space of the tokenizer's own, else 0."""
+        if self.prefix == "never" or not len(flat):
+            return 0
+        added = self.added[flat]
         if self.prefix == "every":
-            added = self.added[ids]
             opens = ~added
             opens[1:] &= added[:-1]
-            lengths = lengths - opens
-        elif self.prefix == "first" and text[0] != " " and not self.added[ids[0]]:
-            lengths[0] -= 1
-        end = np.cumsum(lengths)
-        if end[-1] != (len(text) if ascii_only else len(text.encode("utf-8", "surrogatepass"))):
-            return None
-        lead = self.lead[ids]
-        if self.keeps_first and lead[0]:
-            lead[0] -= 1
-        start = np.minimum(end - lengths + lead, end)
-        return Places(start, np.maximum(end - self.trail[ids], start), in_bytes=True)
+            opens[first[counts > 0]] = ~added[first[counts > 0]]
+            return opens
+        spaced = np.zeros(len(flat), bool)
+        begins = np.array([text[:1] not in ("", " ") for text in texts]) & (counts > 0)
+        spaced[first[begins]] = ~added[first[begins]]
+        return spaced
 
 
 def _token_lengths(tokenizer: Any) -> _TokenLengths | None:

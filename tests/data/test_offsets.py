@@ -84,7 +84,7 @@ def tokenizer(request):
     return made
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(text=TEXTS, data=st.data())
 def test_places_are_those_of_the_offsets(tokenizer, text, data):
     (ids, places) = offsets.Encoder(tokenizer).encode([text])[0]
