@@ -58,11 +58,12 @@ class TurnFinder:
         key = tuple(
             (m.role, bool(m.content.strip()), tuple(f for f, v in m.fields.items() if v.strip())) for m in messages
         )
-        if key not in self._skeletons:
+        known = self._skeletons.get(key)
+        if known is None:  # two threads may both make it: they make the same
             if len(self._skeletons) >= _MAX_SKELETONS:
                 self._skeletons.clear()
-            self._skeletons[key] = self._skeleton(messages)
-        pieces, shape = self._skeletons[key]
+            known = self._skeletons[key] = self._skeleton(messages)
+        pieces, shape = known
         position = 0
         found: dict[int, list[tuple[int, int]]] = {}
         for n, (mark, literal) in enumerate(pieces):
