@@ -58,7 +58,8 @@ class PairReader(RowReader):
 
     def shown(self, row: int) -> str:
         """What the encoder reads of the row's first answer and, between « », what the decoder writes."""
-        answer = self.template.answers(self.conversations(row)[0], train_on=self.options.train_on)[0]
+        chats = [chat for chat in self.conversations(row) if chat.messages[0].role != "text"]
+        answer = next(a for chat in chats for a in self.template.answers(chat, train_on=self.options.train_on))
         return f"{answer.prompt}{self.template.tokenizer.eos_token} -> «{answer.text}»"
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -106,10 +107,9 @@ class PairReader(RowReader):
         """What the rule leaves of a pair; both empty when nothing."""
         nothing = np.zeros(0, np.int32), np.zeros(0, np.int32)
         if self.options.overlong == "truncate_right":
-            cut = len(encoder) > self.encoder_length
-            return self._ended(encoder[: self.encoder_length - 1]) if cut else encoder, targets[
-                : self.options.max_length
-            ]
+            if len(encoder) > self.encoder_length:
+                encoder = self._ended(encoder[: self.encoder_length - 1])
+            return encoder, targets[: self.options.max_length]
         if self.options.overlong == "drop" or len(targets) > self.options.max_length:
             return nothing
         newest = self._newest_input(conversation, answer)

@@ -71,7 +71,7 @@ class Opener:
             reasoning=config.data.reasoning,
             encoder_length=encoder_length,
         )
-        self.reader = RowReader if encoder_length is None else PairReader
+        self.reader_type = RowReader if encoder_length is None else PairReader
 
     def find(self, root: Node) -> tuple[dict[int, sources.Source], Node, tuple[str, ...]]:
         """Opens the sources of a tree, by number; returns them, the tree of those found, and the names of the others.
@@ -159,7 +159,7 @@ class Opener:
                 phrasing.check(first)
             except ValueError as problem:
                 raise ValueError(f"{leaf.name}: {problem}") from problem
-        return self.reader(
+        return self.reader_type(
             source,
             layout,
             self.templates[leaf.config.template or self.config.data.template],

@@ -49,7 +49,7 @@ def open_stream(
     source with nothing to train on, a template that never trains its stop token, more lost than data.max_lost, shares
     that cannot be met.
     """
-    rows_of = _rows(config, max_length, encoder_length, start_token)
+    row_kind = _row_kind(config, max_length, encoder_length, start_token)
     opening = _Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
     root, evaluated = _training_tree(config)
     opened, root, skipped = opening.opener.find(root)
@@ -83,7 +83,7 @@ def open_stream(
         epoch_draws=epoch_draws,
         total=total,
         size=config.data.window,
-        rows=rows_of,
+        rows=row_kind,
         seed=config.seed,
     )
     stream = _stream(config, maker, counted, leaves, exact, lanes=config.data.lanes, output_dir=output_dir)
@@ -113,7 +113,7 @@ def open_eval_stream(
     None without any of these. One pass in a fixed order, packed as in training; it ends after `steps_per_run` batches.
     `encoder_length` and `start_token` are as for `open_stream`.
     """
-    rows_of = _rows(config, max_length, encoder_length, start_token)
+    row_kind = _row_kind(config, max_length, encoder_length, start_token)
     opening = _Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
     fraction = 0.0
     root = _evaluation_tree(config)
@@ -141,7 +141,7 @@ def open_eval_stream(
         epoch_draws=draws.total,
         total=draws.total,
         size=config.data.window,
-        rows=rows_of,
+        rows=row_kind,
         seed=config.seed,
     )
     return _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir)
@@ -445,7 +445,7 @@ def _count_rows(maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> tuple
     return np.array(counts, np.int64), fill
 
 
-def _rows(config: Config, max_length: int, encoder_length: int | None, start_token: int) -> Rows:
+def _row_kind(config: Config, max_length: int, encoder_length: int | None, start_token: int) -> Rows:
     if encoder_length is None:
         return SequenceRows(max_length, config.data.packing)
     return PairRows(max_length, config.data.packing, encoder_length, start_token)
