@@ -82,6 +82,7 @@ class TableConfig(Section):
     id: str = Field(description="name of each source, e.g. {task}")
     where: dict[str, Any] = Field(default_factory=dict, description="only rows with these values: {source: T0}")
     examples: str | None = Field(None, description="column with the number of examples")
+    weight: str | None = Field(None, description="column with the weight of each source among the others of the table")
 
 
 Style = Literal[
@@ -362,6 +363,12 @@ def _problems_of(sources: tuple[SourceConfig, ...], key: str) -> list[str]:
             out.append(f"{here}.path: missing; expected {SourceConfig.model_fields['path'].description}, or sources")
         if source.table is None and not source.sources and source.mixing != MixingConfig():
             out.append(f"{here}.mixing: found on a single source; expected on a group or a table, whose members share")
+        if (
+            source.table is not None
+            and source.table.weight is not None
+            and source.mixing.rates not in ("auto", "weights")
+        ):
+            out.append(f"{here}.mixing.rates: found {source.mixing.rates} beside table.weight; remove one of the two")
         if source.sources and source.examples is not None:
             out.append(f"{here}.examples: found on a group; expected on its members")
         if source.each_template and source.templates is None:

@@ -78,10 +78,15 @@ def drawn(name: str, keyed: Keyed) -> OptionsStyle | None:
 
 
 def options_of(value: Any) -> tuple[list[str], list[str]]:
-    """Texts and labels of a row's options: a list, or `{text: [...], label: [...]}`; raises RowError for others."""
+    """Texts and labels of a row's options; raises RowError for what is none.
+
+    They are a list, `{text: [...], label: [...]}`, or `{A: text, B: text}`.
+    """
     labels: Any = []
-    if isinstance(value, Mapping) and "text" in value:
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list | tuple):
         value, labels = value["text"], value.get("label") or []
+    elif isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values()):
+        value, labels = list(value.values()), list(value)
     if not isinstance(value, list | tuple) or not value:
         raise RowError("wrong type", f"options is {kind(value)}; expected a list of texts that is not empty")
     return [str(option) for option in value], [str(label) for label in labels]

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -175,7 +176,7 @@ def _table_sources(source: SourceConfig, where: str) -> tuple[SourceConfig, ...]
     rows = read_table(table.path, where=f"{where}.table.path")
     wanted = {key: set(value) if isinstance(value, list | tuple) else {value} for key, value in table.where.items()}
     columns = list(rows[0]) if rows else []
-    for key in (*wanted, *([table.examples] if table.examples else ())):
+    for key in (*wanted, *(column for column in (table.examples, table.weight) if column)):
         if key not in columns:
             raise ValueError(
                 f"{where}.table: no column {key!r} in {table.path}; found {', '.join(columns) or 'no rows'}"
@@ -191,9 +192,25 @@ def _table_sources(source: SourceConfig, where: str) -> tuple[SourceConfig, ...]
             if isinstance(text := getattr(source, field), str)
         }
         filled["id"] = _fill(table.id, row, f"{where}.table.id", table.path)
-        examples = int(row[table.examples]) if table.examples else None
-        out.append(SourceConfig().model_copy(update={**filled, "examples": examples}))
+        filled["examples"] = None if table.examples is None else int(_positive(row, table.examples, where, table.path))
+        filled["weight"] = None if table.weight is None else _positive(row, table.weight, where, table.path)
+        out.append(SourceConfig().model_copy(update=filled))
     return tuple(out)
+
+
+def _positive(row: Mapping[str, Any], column: str, where: str, table: str) -> float:
+    """The row's number in a column."""
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        told = ", ".join(map(str, row.values()))
+        raise ValueError(
+            f"{where}.table: column {column!r} of {table} is {row[column]!r} in the row {told}; "
+            "expected a number above 0"
+        )
+    return value
 
 
 def _fill(text: str, row: Mapping[str, Any], where: str, table: str) -> str:

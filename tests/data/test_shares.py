@@ -277,6 +277,25 @@ def test_a_table_makes_a_source_of_each_of_its_rows(tmp_path):
     assert shares == {"t/add": Fraction(1, 4), "t/sum": Fraction(3, 4)}
 
 
+def test_a_table_may_hold_the_weights(tmp_path):
+    (tmp_path / "tasks.csv").write_text("task,n,w\nadd,10,3\nsay,20,1\n")
+    table = {"path": str(tmp_path / "tasks.csv"), "id": "{task}", "examples": "n", "weight": "w"}
+    assert plan_of([{"table": table, "path": "{task}.jsonl", "id": "t"}]) == {
+        "t/add": Fraction(3, 4),
+        "t/say": Fraction(1, 4),
+    }
+    with pytest.raises(ConfigError, match=r"0\.mixing\.rates: found equal beside table\.weight; remove one"):
+        plan_of([{"table": table, "path": "{task}.jsonl", "mixing": {"rates": "equal"}}])
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "nan", "many"])
+def test_a_table_s_weights_are_numbers_above_0(tmp_path, value):
+    (tmp_path / "tasks.csv").write_text(f"task,w\nadd,{value}\n")
+    table = {"path": str(tmp_path / "tasks.csv"), "id": "{task}", "weight": "w"}
+    with pytest.raises(ValueError, match=f"column 'w' of .*tasks.csv is '{value}' in the row add, {value}; expected a"):
+        plan_of([{"table": table, "path": "{task}.jsonl"}])
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
