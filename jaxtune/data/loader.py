@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -13,18 +12,18 @@ import numpy as np
 from jaxtune import hub
 from jaxtune.config import Config
 from jaxtune.data import funnel, lengths, mixture, sources, tasks, tree
+from jaxtune.data.counting import choose_lanes, count_rows, epoch_draws, estimated_draws
 from jaxtune.data.leaves import Opener, OpenLeaf, held_out, row_orders
 from jaxtune.data.lengths import Progress, Wanted
 from jaxtune.data.plan import MixturePlan, make_plan
-from jaxtune.data.rows import PairRows, Rows, SequenceRows
+from jaxtune.data.rows import row_kind
 from jaxtune.data.shares import Sizes, leaf_shares
 from jaxtune.data.stream import QUARANTINE, Stream, quarantine
-from jaxtune.data.windows import PhaseEnd, WindowMaker, window_lengths
+from jaxtune.data.windows import PhaseEnd, WindowMaker
 
 EXACT_ROWS = 200_000  # up to here every row is tokenised before step 1
 SAMPLE_ROWS = 20_000  # beyond, the funnel is estimated from so many
 _MIN_SAMPLE = 10  # of each source
-_MIN_WINDOWS_PER_LANE = 8
 EVAL_QUARANTINE = "quarantine_eval.jsonl"
 PLAN_FILE = "mixture.json"
 
@@ -49,7 +48,7 @@ def open_stream(
     source with nothing to train on, a template that never trains its stop token, more lost than data.max_lost, shares
     that cannot be met.
     """
-    row_kind = _row_kind(config, max_length, encoder_length, start_token)
+    kind = row_kind(max_length, packing=config.data.packing, encoder_length=encoder_length, start_token=start_token)
     opening = _Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
     root, evaluated = _training_tree(config)
     opened, root, skipped = opening.opener.find(root)
@@ -73,17 +72,17 @@ def open_stream(
         seed=config.seed,
     )
     draws = draws.ending(known_ends(config, ()))
-    epoch_draws = _epoch_draws(config, draws)
+    in_epoch = epoch_draws(config, draws)
     endless = config.train.steps is not None or not exact
-    total = None if endless else max(1, round(epoch_draws * config.train.epochs))
+    total = None if endless else max(1, round(in_epoch * config.train.epochs))
     counted = opening.count(leaves, _wanted(leaves, rows, draws, total), rows, exact, evaluation=False)
     maker = WindowMaker(
         readers=tuple(leaf.reader for leaf in leaves),
         draws=draws,
-        epoch_draws=epoch_draws,
+        epoch_draws=in_epoch,
         total=total,
         size=config.data.window,
-        rows=row_kind,
+        rows=kind,
         seed=config.seed,
     )
     stream = _stream(config, maker, counted, leaves, exact, lanes=config.data.lanes, output_dir=output_dir)
@@ -113,7 +112,7 @@ def open_eval_stream(
     None without any of these. One pass in a fixed order, packed as in training; it ends after `steps_per_run` batches.
     `encoder_length` and `start_token` are as for `open_stream`.
     """
-    row_kind = _row_kind(config, max_length, encoder_length, start_token)
+    kind = row_kind(max_length, packing=config.data.packing, encoder_length=encoder_length, start_token=start_token)
     opening = _Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
     fraction = 0.0
     root = _evaluation_tree(config)
@@ -141,7 +140,7 @@ def open_eval_stream(
         epoch_draws=draws.total,
         total=draws.total,
         size=config.data.window,
-        rows=row_kind,
+        rows=kind,
         seed=config.seed,
     )
     return _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir)
@@ -341,14 +340,6 @@ def _wanted(
     return out
 
 
-def _epoch_draws(config: Config, draws: mixture.Mixture) -> int:
-    """Draws of one pass over the plan: as many as there are examples, or as data.stop says."""
-    if config.data.stop == "plan":
-        return sum(max(1, round(leaf.rows * leaf.epochs)) if leaf.rows else 0 for leaf in draws.leaves)
-    ends = [draws.first_seen_whole(i) for i, rate in enumerate(draws.wheels[0].rates) if rate]
-    return min(ends) if config.data.stop == "first_exhausted" else max(ends)
-
-
 def _stream(
     config: Config,
     maker: WindowMaker,
@@ -359,8 +350,8 @@ def _stream(
     lanes: int | str,
     output_dir: str | None,
 ) -> Stream:
-    number = lanes if isinstance(lanes, int) else _lanes(config, maker, counted.tables)
-    counts, fill = _count_rows(maker, counted.tables) if exact and maker.total is not None else (None, None)
+    number = lanes if isinstance(lanes, int) else choose_lanes(config, maker, counted.tables)
+    counts, fill = count_rows(maker, counted.tables) if exact and maker.total is not None else (None, None)
     names = tuple(leaf.node.name for leaf in leaves)
     keys = dict(zip(names, lengths.reader_keys(maker.readers), strict=True))
     identity = _identity(config, maker, keys)
@@ -413,44 +404,6 @@ def _leaf_key(maker: WindowMaker, i: int) -> str:
     return f"{leaf.epochs}:{leaf.source}:{leaf.part}:{order}"
 
 
-def _lanes(config: Config, maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> int:
-    """The largest of 1, 2, 4, 8 that divides the batch and leaves each lane enough windows over the run."""
-    windows = maker.count
-    if windows is None:
-        windows = _estimated_draws(config, maker, tables) // maker.size
-    rows = config.train.batch_rows
-    return max(n for n in (1, 2, 4, 8) if n == 1 or (rows % n == 0 and windows >= n * _MIN_WINDOWS_PER_LANE))
-
-
-def _estimated_draws(config: Config, maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> int:
-    """Draws of a run that ends after so many steps, from the mean lengths of examples on the side that fills first."""
-    rows = (config.train.steps or sys.maxsize) * config.train.batch_rows
-    if not maker.rows.packing:
-        return rows
-    rates = maker.draws.wheels[0].rates if isinstance(maker.draws, mixture.Mixture) else [1] * len(tables)
-    means = sum(rate * table.mean_lengths() for rate, table in zip(rates, tables, strict=True)) / max(1, sum(rates))
-    return int(rows * min(maker.rows.room / np.maximum(means, 1.0)))
-
-
-def _count_rows(maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Rows of every window of the run, and the share of positions filled on each side, by packing all lengths."""
-    counts, tokens = [], np.zeros(len(maker.rows.room), np.int64)
-    for window in range(maker.count or 0):
-        found = window_lengths(maker.draw(window), tables)
-        rows = maker.pack(found, window)
-        rows = rows[: maker.rows_taken(window, len(rows))]
-        tokens += found[[example for row in rows for example in row]].sum(axis=0)
-        counts.append(len(rows))
-    fill = tuple((tokens / (max(1, sum(counts)) * np.array(maker.rows.room))).tolist())
-    return np.array(counts, np.int64), fill
-
-
-def _row_kind(config: Config, max_length: int, encoder_length: int | None, start_token: int) -> Rows:
-    if encoder_length is None:
-        return SequenceRows(max_length, config.data.packing)
-    return PairRows(max_length, config.data.packing, encoder_length, start_token)
-
-
 def _plan(
     config: Config,
     root: tree.Node,
@@ -463,7 +416,7 @@ def _plan(
     assert isinstance(draws, mixture.Mixture)
     total = stream.maker.total
     known = total is not None or config.train.steps is not None
-    run = total if total is not None else _estimated_draws(config, stream.maker, counted.tables) if known else 0
+    run = total if total is not None else estimated_draws(config, stream.maker, counted.tables) if known else 0
     names = stream.source_names
     return make_plan(
         root,

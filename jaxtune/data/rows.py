@@ -128,3 +128,10 @@ class PairRows(Rows):
             f"packing fills {encoder:.1%} of {self.encoder_length} encoder positions and {decoder:.1%} of "
             f"{self.length} decoder positions a row"
         )
+
+
+def row_kind(length: int, *, packing: bool, encoder_length: int | None, start_token: int) -> Rows:
+    """Rows of sequences, or with an `encoder_length` of pairs."""
+    if encoder_length is None:
+        return SequenceRows(length, packing)
+    return PairRows(length, packing, encoder_length, start_token)

@@ -232,6 +232,14 @@ def test_fill_is_told_of_both_sides(stream):
     assert "    What is 0?<eos> -> «It is 0.<eos>»" in told
 
 
+def test_a_plan_by_steps_counts_on_the_side_that_fills_first(open_, write_rows):
+    config = make_config(write_rows("c.jsonl", pairs(200)), template="plain", train={"steps": 10})
+    for encoder_length, max_length in ((60, 400), (400, 120)):
+        stream = open_(config, encoder_length=encoder_length, max_length=max_length)
+        batches = [b for (b, _), _ in zip(stream.batches(stream.initial_state()), range(10), strict=False)]
+        assert stream.plan.draws == pytest.approx(sum(len(row) for b in batches for row in b.examples), rel=0.15)
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_kill_point_and_restore_gives_the_same_pairs(stream, data):
