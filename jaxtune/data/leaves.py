@@ -14,7 +14,8 @@ from jaxtune.data.records import RowError
 from jaxtune.data.shares import style_parts
 from jaxtune.data.tree import Node, prune
 
-_DETECTION_ROWS = 20
+_DETECTION_ROWS = 20  # of each source
+_ALL_DETECTION_ROWS = 4000  # of all together: thousands of sources are looked at more briefly
 _CHECKED_ROWS = 20
 
 
@@ -129,7 +130,7 @@ class Opener:
         for leaf, part in _with_parts(root, opened, fraction):
             source = opened[leaf.source]
             if leaf.source not in layouts:
-                layouts[leaf.source] = _layout(source, leaf.config)
+                layouts[leaf.source] = _layout(source, leaf.config, max(2, _ALL_DETECTION_ROWS // len(opened)))
             layout = layouts[leaf.source]
             held = held_out(len(source), fraction)
             out.append(OpenLeaf(leaf, self._reader(leaf, source, layout, held=held, excluded=excluded), held, part))
@@ -227,15 +228,16 @@ def _score(leaf: OpenLeaf, row: int, column: str) -> float:
     return float(value)
 
 
-def _layout(opened: sources.Source, source: SourceConfig) -> formats.Layout:
+def _layout(opened: sources.Source, source: SourceConfig, rows: int) -> formats.Layout:
     """Decided by the first rows that can be read; unreadable ones are told of later, by the rule for them."""
     first, error = [], None
+    rows = min(rows, _DETECTION_ROWS)
     for i in range(min(len(opened), 5 * _DETECTION_ROWS)):
         try:
             first.append(opened.row(i))
         except RowError as problem:
             error = error or f"{opened.where(i)}: {problem}"
-        if len(first) == _DETECTION_ROWS:
+        if len(first) == rows:
             break
     if not first:
         raise ValueError(error or f"{source.path}: found no rows; expected at least one")

@@ -1,6 +1,7 @@
 """Windows of draws: made by number alone, and the order in which lanes need them."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jaxtune.data import lengths, mixture
 from jaxtune.data.examples import RowReader
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.rows import Rows
+from jaxtune.data.workers import end_with
 
 
 class PhaseEnd(NamedTuple):
@@ -134,6 +136,13 @@ class LaneWindows:
         self.level = max(rounds.values())
         # Lanes drift apart by a few windows; those behind come first.
         self.behind = sorted(k * lanes + lane for lane in self.mine for k in range(rounds[lane], self.level))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": os.getpid()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        end_with(state.pop("trainer"))  # a worker unpickles this, and must not go on without its trainer
+        self.__dict__.update(state)
 
     def __len__(self) -> int:
         count = self.maker.count
