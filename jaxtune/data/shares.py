@@ -4,20 +4,23 @@ A node's members share its draws by their rates, as SeqIO's nested mixtures do (
 leaf's share is the product, along its path, of its rate over the sum of its siblings' rates. Rates by examples are
 scaled, then capped, then taken to the power 1 / temperature (`seqio.mixing_rate_num_examples`). Shares by tag are met
 by scaling the leaves that have the tag, and all others with them; where leaves have several tags the smallest change
-that meets all shares is found by iterative proportional fitting (Deming & Stephan 1940).
+that meets all shares is found by Newton's method.
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+
+import numpy as np
 
 from jaxtune.config import MixingConfig
 from jaxtune.data.tree import Node
 
 BY_SIZE = ("proportional", "temperature")
-_ROUNDS = 10_000
+_ROUNDS = 200
 _CLOSE = 1e-12
+_LONGEST_STEP = 5.0
+_ROUNDING = 1e-12
 
 
 class Sizes:
@@ -212,33 +215,45 @@ def _disjoint(
 def _raked(
     node: Node, weight: Mapping[str, Fraction], having: Mapping[str, Sequence[str]], wanted: Mapping[str, float]
 ) -> dict[str, Fraction]:
-    """Shares that meet every tag's, where leaves have several: each tag in turn is scaled until none changes."""
-    names = list(weight)
-    value = {name: float(weight[name]) for name in names}
-    inside = {tag: [name for name in names if tag in having[name]] for tag in wanted}
-    _refuse_empty(node, {tag: Fraction(len(found)) for tag, found in inside.items()}, wanted)
+    """Shares that meet every tag's, where leaves have several: each leaf is scaled by one factor for each of its tags.
+
+    The factors' logarithms are where a convex function is least: Newton's method finds them in a few steps, where
+    scaling one tag after another (Deming & Stephan 1940) has the same end, and may take thousands.
+    """
+    names, tags = list(weight), list(wanted)
+    _refuse_empty(node, {tag: Fraction(sum(tag in having[name] for name in names)) for tag in tags}, wanted)
+    has = np.array([[tag in having[name] for tag in tags] for name in names], np.float64)
+    share = np.array([wanted[tag] for tag in tags])
+    start = np.log([float(weight[name]) for name in names])
+    factors = np.zeros(len(tags))
+    value, height = _scaled(start, has, factors, share)
     for _ in range(_ROUNDS):
-        worst = 0.0
-        for tag, share in wanted.items():
-            total, mine = math.fsum(value.values()), math.fsum(value[name] for name in inside[tag])
-            others = total - mine
-            if mine <= 0 or (others <= 1e-15 * total and share < 1):
-                break
-            worst = max(worst, abs(mine / total - share))
-            up, down = share / mine, (1 - share) / others if others > 0 else 0.0
-            chosen = set(inside[tag])
-            value = {name: v * (up if name in chosen else down) for name, v in value.items()}
-        else:
-            if worst < _CLOSE:
-                return {name: Fraction(v) for name, v in value.items()}
-            continue
-        break
-    found = math.fsum(value.values()) or 1.0
-    reached = {tag: round(math.fsum(value[name] for name in inside[tag]) / found, 4) for tag in wanted}
+        reached = value @ has
+        if np.abs(reached - share).max() < _CLOSE:
+            return {name: Fraction(v) for name, v in zip(names, value.tolist(), strict=True)}
+        slope = reached - share
+        curve = (has * value[:, None]).T @ has - np.outer(reached, reached)
+        step = np.linalg.lstsq(curve, slope, rcond=None)[0]
+        size = min(1.0, _LONGEST_STEP / max(np.abs(step).max(), 1e-300))
+        lower = _scaled(start, has, factors - size * step, share)
+        while lower[1] > height + _ROUNDING and size > 1e-9:
+            size /= 2
+            lower = _scaled(start, has, factors - size * step, share)
+        factors, (value, height) = factors - size * step, lower
+    told = {tag: round(float(found), 4) for tag, found in zip(tags, value @ has, strict=True)}
     raise ValueError(
         f"{_where(node)}: {_told(wanted)} cannot all be met, since sources have several of these tags; the nearest "
-        f"found is {reached}; change the shares, or the tags"
+        f"found is {told}; change the shares, or the tags"
     )
+
+
+def _scaled(start: np.ndarray, has: np.ndarray, factors: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, float]:
+    """The leaves' shares under these factors (logarithms, one for each tag), and the function that is to be least."""
+    raised = start + has @ factors
+    most = raised.max()
+    value = np.exp(raised - most)
+    total = value.sum()
+    return value / total, float(most + np.log(total) - factors @ share)
 
 
 def _refuse_empty(node: Node, groups: Mapping[str, Fraction], wanted: Mapping[str, float]) -> None:
