@@ -224,7 +224,9 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate_turns", "truncate_right", "split", "error"] = "drop"
     on_bad_row: Literal["error", "skip", "quarantine"] = "error"
     max_lost: Fraction | None = Field(None, description="stop when a larger share of tokens than this is lost")
-    window: Annotated[int, Field(ge=1, le=65536)] = Field(512, description="draws packed together (W)")
+    window: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = Field(
+        "auto", description="draws packed together (W); auto makes about 64 rows of them, 256 to 4096 draws"
+    )
     lanes: Literal["auto"] | Positive = Field("auto", description="independent streams of windows in one batch")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that render and pack; 0 uses threads")
 

@@ -1,5 +1,6 @@
 """How much a run draws: one pass over the plan, the rows of every window, lanes."""
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -7,9 +8,11 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.data import lengths, mixture
+from jaxtune.data.rows import Rows
 from jaxtune.data.windows import WindowMaker, window_lengths
 
 _MIN_WINDOWS_PER_LANE = 8
+_ROWS_OF_A_WINDOW = 64  # half a row of each window stays empty on average: fill is then about 99 %
 
 
 def epoch_draws(config: Config, draws: mixture.Mixture) -> int:
@@ -18,6 +21,21 @@ def epoch_draws(config: Config, draws: mixture.Mixture) -> int:
         return sum(max(1, round(leaf.rows * leaf.epochs)) if leaf.rows else 0 for leaf in draws.leaves)
     ends = [draws.first_seen_whole(i) for i, rate in enumerate(draws.wheels[0].rates) if rate]
     return min(ends) if config.data.stop == "first_exhausted" else max(ends)
+
+
+def choose_window(config: Config, rates: Sequence[int], means: Sequence[np.ndarray], rows: Rows) -> int:
+    """Draws packed together: as asked for, else a power of two that makes about 64 full rows.
+
+    `rates` are the leaves' shares, `means` the lengths of an average draw of each, on each side. It must not depend on
+    the length of the run, which may change when a run goes on.
+    """
+    if config.data.window != "auto":
+        return config.data.window
+    if not rows.packing:
+        return 512
+    mean = sum(rate * one for rate, one in zip(rates, means, strict=True)) / max(1, sum(rates))
+    per_row = float(min(rows.room / np.maximum(mean, 1.0)))
+    return int(min(4096, max(256, 2 ** math.ceil(math.log2(_ROWS_OF_A_WINDOW * per_row) - 0.25))))
 
 
 def choose_lanes(config: Config, maker: WindowMaker, tables: Sequence[lengths.RowTable]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune import hub
 from jaxtune.config import Config
 from jaxtune.data import funnel, lengths, mixture, sources, tasks, tree
-from jaxtune.data.counting import choose_lanes, count_rows, epoch_draws, estimated_draws
+from jaxtune.data.counting import choose_lanes, choose_window, count_rows, epoch_draws, estimated_draws
 from jaxtune.data.leaves import Opener, OpenLeaf, held_out, row_orders
 from jaxtune.data.lengths import Progress, Wanted
 from jaxtune.data.plan import MixturePlan, make_plan
@@ -24,6 +24,7 @@ from jaxtune.data.windows import PhaseEnd, WindowMaker
 EXACT_ROWS = 200_000  # up to here every row is tokenised before step 1
 SAMPLE_ROWS = 20_000  # beyond, the funnel is estimated from so many
 _MIN_SAMPLE = 10  # of each source
+_WINDOW_SAMPLE = 10  # rows of each source that say how long its examples are, for the size of a window
 EVAL_QUARANTINE = "quarantine_eval.jsonl"
 PLAN_FILE = "mixture.json"
 
@@ -76,12 +77,14 @@ def open_stream(
     endless = config.train.steps is not None or not exact
     total = None if endless else max(1, round(in_epoch * config.train.epochs))
     counted = opening.count(leaves, _wanted(leaves, rows, draws, total), rows, exact, evaluation=False)
+    few = [Wanted(leaf.rows(config.seed, _WINDOW_SAMPLE)) for leaf in leaves]
+    looked_at = opening.measure(leaves, few, silent=True)
     maker = WindowMaker(
         readers=tuple(leaf.reader for leaf in leaves),
         draws=draws,
         epoch_draws=in_epoch,
         total=total,
-        size=config.data.window,
+        size=choose_window(config, draws.wheels[0].rates, [table.mean_lengths() for table in looked_at], kind),
         rows=kind,
         seed=config.seed,
     )
@@ -139,7 +142,7 @@ def open_eval_stream(
         draws=draws,
         epoch_draws=draws.total,
         total=draws.total,
-        size=config.data.window,
+        size=choose_window(config, [len(r) for r in rows], [table.mean_lengths() for table in counted.tables], kind),
         rows=kind,
         seed=config.seed,
     )
@@ -254,13 +257,15 @@ class _Opening:
             cache_dir=self.cache_dir,
         )
 
-    def measure(self, leaves: Sequence[OpenLeaf], wanted: Sequence[Wanted]) -> list[lengths.RowTable]:
+    def measure(
+        self, leaves: Sequence[OpenLeaf], wanted: Sequence[Wanted], *, silent: bool = False
+    ) -> list[lengths.RowTable]:
         """The length pass over these rows."""
         return lengths.measure(
             [leaf.reader for leaf in leaves],
             wanted,
             cache_dir=self.cache_dir or hub.cache_dir(),
-            progress=self.progress,
+            progress=None if silent else self.progress,
         )
 
     def measure_one(self, leaf: OpenLeaf) -> lengths.RowTable:

@@ -182,7 +182,7 @@ class Stream:
         at = {lane: window for lane, (window, _) in cursors.items()}
         maker = self.maker.ending(ends) if self.phase_ends else self.maker
         ahead = grain.MapDataset.source(LaneWindows(maker, lanes=lanes, at=at)).to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(2, len(at)))
+            grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(4, len(at)))
         )
         if self.workers:
             if not flags.FLAGS.is_parsed():  # Grain asks absl for its own settings, which only absl programs parse

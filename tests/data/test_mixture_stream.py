@@ -285,3 +285,16 @@ def test_a_changed_mixture_is_refused_by_name(open_, write_rows):
     one = open_(make_config(paths[0]))
     with pytest.raises(ValueError, match="source b is gone"):
         one.refuse_other(made[0].identity)
+
+
+def test_a_window_makes_about_64_rows_however_long_the_run(open_, write_rows):
+    path = write_rows("a.jsonl", pairs(400))
+    made = [open_(make_config(path, train=train)) for train in ({"epochs": 1.0}, {"epochs": 3.0}, {"steps": 7})]
+    assert len({stream.fingerprint for stream in made}) == 1
+    per_row = 64 * 400 / made[0].funnel.total("tokens")
+    assert made[0].maker.size == 256 and 256 / per_row >= 64, "the least"
+    short = write_rows("b.jsonl", [{"prompt": f"{i}", "completion": "y"} for i in range(400)])
+    many = open_(make_config(short, template="plain"), max_length=128)
+    rows = many.maker.size * many.funnel.total("tokens") / 400 / 128
+    assert many.maker.size > 512 and 48 <= rows <= 128
+    assert open_(make_config(path, window=100)).maker.size == 100
