@@ -13,6 +13,9 @@ from jaxtune.data.packing import Example, Pair
 from jaxtune.data.rows import Rows
 from jaxtune.data.workers import end_with
 
+_FIRST_WINDOWS = 8  # as many as there can be lanes when `data.lanes` is auto
+_LONG = 64  # windows: in shorter epochs small windows would leave more of the rows empty
+
 
 class PhaseEnd(NamedTuple):
     """Where a phase of the mixture ends: after so many `steps`, `tokens` of data, or `draws`, since the run began."""
@@ -54,7 +57,7 @@ class WindowMaker:
     @property
     def per_epoch(self) -> int:
         """Windows in one epoch of the plan."""
-        return -(-self.epoch_draws // self.size)
+        return self._windows_of(self.epoch_draws)
 
     @property
     def count(self) -> int | None:
@@ -62,7 +65,7 @@ class WindowMaker:
         if self.total is None:
             return None
         epochs, rest = divmod(self.total, self.epoch_draws)
-        return epochs * self.per_epoch + -(-rest // self.size)
+        return epochs * self.per_epoch + self._windows_of(rest)
 
     def first_draw(self, window: int) -> int:
         """The first draw of a window."""
@@ -92,8 +95,26 @@ class WindowMaker:
     def _span(self, window: int) -> tuple[int, int]:
         """First and last draw (exclusive) of a window of the endless plan."""
         epoch, part = divmod(window, self.per_epoch)
-        first = epoch * self.epoch_draws + part * self.size
-        return first, min(first + self.size, (epoch + 1) * self.epoch_draws)
+        begin, end = epoch * self.epoch_draws, (epoch + 1) * self.epoch_draws
+        return begin + self._place(part), min(begin + self._place(part + 1), end)
+
+    @property
+    def _opening(self) -> int:
+        """Draws of each of the first windows of a long epoch.
+
+        All lanes need a window before the first batch, so these are a quarter as large: the first step comes sooner,
+        and lanes do not go on wanting their next windows all at once.
+        """
+        return self.size // 4 if self.size >= 4 and self.epoch_draws >= _LONG * self.size else self.size
+
+    def _place(self, part: int) -> int:
+        """The draw of an epoch that its window `part` begins with."""
+        return min(part, _FIRST_WINDOWS) * self._opening + max(0, part - _FIRST_WINDOWS) * self.size
+
+    def _windows_of(self, draws: int) -> int:
+        """How many windows the first draws of an epoch reach into."""
+        opened = min(draws, _FIRST_WINDOWS * self._opening)
+        return -(-opened // self._opening) + -(-(draws - opened) // self.size)
 
     def pack(self, lengths: np.ndarray, window: int) -> list[list[int]]:
         """Rows of the window's examples, of int64 `lengths` [examples sides]."""

@@ -1,6 +1,7 @@
 """Mixtures as they stream: shares realised, styles, phases, orders, held-out clusters, sources that are not there."""
 
 import collections
+import itertools
 import json
 import threading
 
@@ -11,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.data import loader
+from jaxtune.data.mixture import InOrder
 from jaxtune.data.stream import merge_states
+from jaxtune.data.windows import WindowMaker
 
 
 @pytest.fixture
@@ -298,3 +301,24 @@ def test_a_window_makes_about_64_rows_however_long_the_run(open_, write_rows):
     rows = many.maker.size * many.funnel.total("tokens") / 400 / 128
     assert many.maker.size > 512 and 48 <= rows <= 128
     assert open_(make_config(path, window=100)).maker.size == 100
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(1, 4), st.floats(0.1, 1.0))
+def test_windows_cover_the_draws_one_after_another(draws, size, epochs, part):
+    """Also where an epoch is long enough to open with small windows."""
+    maker = WindowMaker(
+        readers=(),
+        draws=InOrder([np.arange(draws)]),
+        epoch_draws=draws,
+        total=max(1, round(draws * (epochs - 1 + part))),
+        size=size,
+        rows=None,
+        seed=0,
+    )
+    spans = [maker._span(window) for window in range(maker.count)]
+    assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+    assert spans[-1][0] < maker.total <= spans[-1][1]
+    assert all(0 < last - first <= size for first, last in spans)
+    sizes = [last - first for first, last in spans[:8]]
+    assert sizes == [size // 4] * 8 if draws >= 64 * size and size >= 4 else sizes[0] == min(size, draws)

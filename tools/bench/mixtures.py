@@ -71,25 +71,32 @@ def write_pairs(data: pathlib.Path, file: pathlib.Path, count: int) -> int:
     return min(count, len(pairs))
 
 
-def make_stream(paths: list[str], tokenizer: str, **more: Any) -> Any:
-    """Our stream over some files, four rows of 2,048 a batch."""
-    from jaxtune.config import Config
-    from jaxtune.data import loader, templates
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer with a template that needs no new tokens."""
+    from jaxtune.data import templates
 
-    loaded = templates.load_tokenizer(tokenizer)
+    loaded = templates.load_tokenizer(folder)
     loaded.chat_template = CHATML
+    return loaded
+
+
+def make_stream(paths: list[str], tokenizer: Any, **more: Any) -> Any:
+    """Our stream over some files, eight rows of 2,048 a batch."""
+    from jaxtune.config import Config
+    from jaxtune.data import loader
+
     config = Config(
         output="unused",
         model={"path": "unused"},  # type: ignore[arg-type]
         train={"steps": 10**6, "batch_rows": 8},  # type: ignore[arg-type]
-        data={"train": tuple({"path": path} for path in paths), "window": 1024, **more},  # type: ignore[arg-type]
+        data={"train": tuple({"path": path} for path in paths), **more},  # type: ignore[arg-type]
     )
-    return loader.open_stream(config, tokenizer=loaded, max_length=LENGTH)
+    return loader.open_stream(config, tokenizer=tokenizer, max_length=LENGTH)
 
 
 def run_ours(file: str, tokenizer: str, workers: int) -> dict[str, float]:
     """Examples per second from lines to packed batches, and the share of positions that hold a token."""
-    stream = make_stream([file], tokenizer, workers=workers, lanes=1)
+    stream = make_stream([file], load_tokenizer(tokenizer), workers=workers, lanes=1)
     examples = positions = filled = 0
     total = stream.funnel.total("kept")
     began = time.perf_counter()
@@ -139,13 +146,18 @@ def run_many(folder: str, tokenizer: str) -> dict[str, float]:
     import jaxtune.data.loader  # noqa: F401  (imports are not what is measured)
 
     paths = sorted(str(path) for path in pathlib.Path(folder).glob("*.jsonl"))
+    loaded = load_tokenizer(tokenizer)
     began = time.perf_counter()
-    stream = make_stream(paths, tokenizer)
+    stream = make_stream(paths, loaded)
+    opened = time.perf_counter() - began
     next(stream.batches(stream.initial_state()))
     seconds, process = time.perf_counter() - began, psutil.Process()
     memory = process.memory_full_info()
     return {
         "seconds_to_first_batch": seconds,
+        "of_these_to_open": opened,
+        "window": stream.maker.size,
+        "lanes": stream.lanes,
         "resident_gib": memory.rss / 2**30,
         "own_gib": memory.uss / 2**30,
         "threads": threading.active_count(),
