@@ -25,7 +25,7 @@ def main(words: Sequence[str]) -> int:
     except ConfigError as error:
         return asking.fail(ConfigError(f"configuration:\n{error}"), 2)
     prepare_environment()
-    from jaxtune.data.loader import mixture_plan  # only now: a mistake in the configuration should not wait
+    from jaxtune.data.planning import mixture_plan  # only now: a mistake in the configuration should not wait
 
     try:
         plan = mixture_plan(config)

@@ -11,7 +11,7 @@ from jaxtune.convert.folder import open_folder
 from jaxtune.convert.gguf import check, commands
 from jaxtune.convert.hf import export_folder, file_dtypes, load_params
 from jaxtune.convert.peft import load_adapter
-from jaxtune.data.templates import load_template, load_tokenizer
+from jaxtune.data.chat.templates import load_template, load_tokenizer
 from jaxtune.models.registry import family_of
 from jaxtune.opening import TOKENIZER_FILES, Place, declare, find
 from jaxtune.sharding import make_mesh, parameter_shardings

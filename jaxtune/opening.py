@@ -14,7 +14,7 @@ from jaxtune import adapters, hub
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import load_params
 from jaxtune.convert.peft import Adapter, load_adapter, open_adapter
-from jaxtune.data.templates import ChatTemplate, load_template, load_tokenizer
+from jaxtune.data.chat.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.decode import ConfigError, decode
 from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.models.registry import family_of

@@ -15,9 +15,9 @@ from jaxtune.config import Config
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import check_space, export_folder
 from jaxtune.convert.peft import export_adapter
+from jaxtune.data.chat.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.data.loader import open_eval_stream, open_stream, write_plan
 from jaxtune.data.stream import Stream
-from jaxtune.data.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.loop import Loop, Outcome
 from jaxtune.memory import memory_explained
 from jaxtune.metrics import MetricsLog, Terminal, duration

@@ -19,7 +19,7 @@ from jaxtune.answering import Answerer, TextStream
 from jaxtune.asking import Sampling
 from jaxtune.convert.folder import open_folder
 from jaxtune.convert.hf import export_folder
-from jaxtune.data.templates import load_tokenizer
+from jaxtune.data.chat.templates import load_tokenizer
 from jaxtune.decoding import CHOICES, Rows, nucleus
 from jaxtune.opening import find, open_model
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import sentencepiece
 
-from jaxtune.data.templates import load_tokenizer
+from jaxtune.data.chat.templates import load_tokenizer
 from jaxtune.decode import decode
 from jaxtune.train import train
 

@@ -7,8 +7,11 @@ import re
 import pytest
 
 from jaxtune.config import Config, HoldOutConfig, MixingConfig
-from jaxtune.data import loader, tasks, templates, tree
+from jaxtune.data import loader, planning
+from jaxtune.data.chat import templates
+from jaxtune.data.mixing import tree
 from jaxtune.data.stream import example_text
+from jaxtune.data.wording import tasks
 from jaxtune.decode import decode
 from jaxtune.train import train
 
@@ -168,7 +171,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "flan2022"])
 def test_the_plan_needs_no_data(name):
-    plan = loader.mixture_plan(recipe(name)).as_json()
+    plan = planning.mixture_plan(recipe(name)).as_json()
     assert sum(leaf["rate"] for leaf in plan["leaves"]) == pytest.approx(1, abs=1e-12)
     assert all(leaf["examples"] > 0 for leaf in plan["leaves"]) and not plan["skipped"]
 
@@ -229,7 +232,7 @@ def test_flan_2021_s_tasks_are_those_of_its_clusters():
 
 
 def test_flan_2021_caps_a_rate_at_3000_and_trains_nothing_of_what_is_held_out():
-    plan = loader.mixture_plan(recipe("flan2021"))
+    plan = planning.mixture_plan(recipe("flan2021"))
     rates = {leaf.name.removeprefix("flan2021/"): (leaf.rate, leaf.examples) for leaf in plan.leaves}
     assert max(examples for _, examples in rates.values()) == 30_000
     unit = rates["copa"][0] / 350
@@ -239,7 +242,7 @@ def test_flan_2021_caps_a_rate_at_3000_and_trains_nothing_of_what_is_held_out():
 
 def test_t0_takes_a_whole_data_set_for_each_template_and_a_large_one_once():
     """T0's rule (t0/seqio_tasks/tasks.py): the size of the data set; above 500,000 that over its templates."""
-    plan = loader.mixture_plan(recipe("t0"))
+    plan = planning.mixture_plan(recipe("t0"))
     assert len(plan.leaves) == 313
     rates = {leaf.name.removeprefix("t0/"): leaf.rate for leaf in plan.leaves}
     sets = {row["task"]: row for row in tree.read_table("builtin:t0/tasks.csv", where="test")}
@@ -254,7 +257,7 @@ def test_t0_takes_a_whole_data_set_for_each_template_and_a_large_one_once():
         assert set(mine) == {unit * (500_000 // templates_)}, name
     assert rates["ag_news_classify"] == unit * 120_000
     larger = recipe("t0", "data.train.0.table.where.stage=[BASE, GPT_EVAL, SGLUE]")
-    assert len(loader.mixture_plan(larger).leaves) == 313 + 79 + 72
+    assert len(planning.mixture_plan(larger).leaves) == 313 + 79 + 72
 
 
 def test_t0_s_table_is_the_published_one(shared):
@@ -265,7 +268,7 @@ def test_t0_s_table_is_the_published_one(shared):
 
 
 def test_general_mix_has_its_shares():
-    plan = loader.mixture_plan(recipe("general_mix"))
+    plan = planning.mixture_plan(recipe("general_mix"))
     ranges = {
         "general": (0.30, 0.40),
         "code_math": (0.20, 0.30),
@@ -277,11 +280,11 @@ def test_general_mix_has_its_shares():
     assert set(shares) == set(ranges) and sum(shares.values()) == pytest.approx(1)
     assert all(low <= shares[tag] <= high for tag, (low, high) in ranges.items())
     moved = recipe("general_mix", "data.mixing.tags.safety=0.05", "data.mixing.tags.domain=0.15")
-    assert loader.mixture_plan(moved).by_tag()["domain"] == pytest.approx(0.15)
+    assert planning.mixture_plan(moved).by_tag()["domain"] == pytest.approx(0.15)
 
 
 def test_tulu_has_its_authors_numbers():
-    plan = loader.mixture_plan(recipe("tulu"))
+    plan = planning.mixture_plan(recipe("tulu"))
     assert len(plan.leaves) == 19 and sum(leaf.examples for leaf in plan.leaves) == 939_344
     assert all(leaf.rate * 939_344 == leaf.examples for leaf in plan.leaves)
     whole = recipe("tulu", "data.train=[{path: allenai/tulu-3-sft-mixture, format: messages}]")
@@ -290,7 +293,7 @@ def test_tulu_has_its_authors_numbers():
 
 def test_flan_mini_has_sixty_sources(shared, monkeypatch):
     monkeypatch.setenv("JAXTUNE_DATA", str(shared))
-    plan = loader.mixture_plan(recipe("flan_mini"))
+    plan = planning.mixture_plan(recipe("flan_mini"))
     root = tree_of(recipe("flan_mini"))
     assert len({leaf.source for leaf in root.leaves()}) >= 60
     assert sum(leaf.rate for leaf in plan.leaves) == 1

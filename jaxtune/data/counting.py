@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxtune.config import Config
-from jaxtune.data import lengths, mixture
+from jaxtune.data import lengths
+from jaxtune.data.mixing import mixture
 from jaxtune.data.rows import Rows
 from jaxtune.data.windows import WindowMaker, window_lengths
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.data.chat.rendering import Answer
+from jaxtune.data.chat.turns import LEARNT
 from jaxtune.data.examples import NOT_TRAINED, OVERLONG, RowReader, RowResult, fail, rounds_of
 from jaxtune.data.packing import Pair
 from jaxtune.data.records import Conversation, RowError
-from jaxtune.data.rendering import Answer
-from jaxtune.data.turns import LEARNT
 
 RAW_TEXT = "raw text, which has no input for an encoder"
 

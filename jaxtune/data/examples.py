@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.data.content import content_hashes, fields_hash
-from jaxtune.data.fewshot import Exemplars
-from jaxtune.data.formats import Layout
+from jaxtune.data.chat.templates import ChatTemplate, Rendered
+from jaxtune.data.files.sources import Source
+from jaxtune.data.layouts.formats import Layout
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.reasoning import apply_reasoning
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
-from jaxtune.data.sources import Source
-from jaxtune.data.tasks import Phrasing
-from jaxtune.data.templates import ChatTemplate, Rendered
+from jaxtune.data.wording.content import content_hashes, fields_hash
+from jaxtune.data.wording.fewshot import Exemplars
+from jaxtune.data.wording.tasks import Phrasing
 
 OVERLONG = "over length"
 NOT_TRAINED = "no trained token"

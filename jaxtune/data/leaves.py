@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import Config, SourceConfig
-from jaxtune.data import formats, lengths, mixture, sources, tasks, templates
+from jaxtune.data import lengths
+from jaxtune.data.chat import templates
 from jaxtune.data.encoder_decoder import PairReader
 from jaxtune.data.examples import ExampleOptions, RowReader
+from jaxtune.data.files import sources
+from jaxtune.data.layouts import formats
+from jaxtune.data.mixing import mixture
+from jaxtune.data.mixing.shares import style_parts
+from jaxtune.data.mixing.tree import Node, prune
 from jaxtune.data.records import RowError
-from jaxtune.data.shares import style_parts
-from jaxtune.data.tree import Node, prune
+from jaxtune.data.wording import tasks
 
 _DETECTION_ROWS = 20  # of each source
 _ALL_DETECTION_ROWS = 4000  # of all together: thousands of sources are looked at more briefly

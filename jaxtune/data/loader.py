@@ -5,27 +5,25 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jaxtune import hub
 from jaxtune.config import Config
-from jaxtune.data import funnel, lengths, mixture, sources, tasks, tree
+from jaxtune.data import lengths, measuring
 from jaxtune.data.counting import choose_lanes, choose_window, count_rows, epoch_draws, estimated_draws
-from jaxtune.data.leaves import Opener, OpenLeaf, held_out, row_orders
+from jaxtune.data.leaves import OpenLeaf, row_orders
 from jaxtune.data.lengths import Progress, Wanted
-from jaxtune.data.plan import MixturePlan, make_plan
+from jaxtune.data.measuring import Counted, Opening, rows_to_measure
+from jaxtune.data.mixing import mixture, tree
+from jaxtune.data.mixing.plan import MixturePlan, make_plan
+from jaxtune.data.mixing.shares import Sizes
+from jaxtune.data.planning import counts_tokens, evaluation_tree, known_ends, phase_end, phase_shares, training_tree
 from jaxtune.data.rows import row_kind
-from jaxtune.data.shares import Sizes, leaf_shares
-from jaxtune.data.stream import QUARANTINE, Stream, quarantine
-from jaxtune.data.windows import PhaseEnd, WindowMaker
+from jaxtune.data.stream import Stream
+from jaxtune.data.windows import WindowMaker
 
-EXACT_ROWS = 200_000  # up to here every row is tokenised before step 1
-SAMPLE_ROWS = 20_000  # beyond, the funnel is estimated from so many
-_MIN_SAMPLE = 10  # of each source
 _WINDOW_SAMPLE = 10  # rows of each source that say how long its examples are, for the size of a window
-EVAL_QUARANTINE = "quarantine_eval.jsonl"
 PLAN_FILE = "mixture.json"
 
 
@@ -50,15 +48,15 @@ def open_stream(
     that cannot be met.
     """
     kind = row_kind(max_length, packing=config.data.packing, encoder_length=encoder_length, start_token=start_token)
-    opening = _Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
-    root, evaluated = _training_tree(config)
+    opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
+    root, evaluated = training_tree(config)
     opened, root, skipped = opening.opener.find(root)
     excluded = opening.hashes(evaluated) if evaluated is not None else None
     leaves = opening.opener.open(root, opened, fraction=config.data.eval_fraction, excluded=excluded)
-    exact = sum(leaf.pool for leaf in leaves) <= EXACT_ROWS
+    exact = sum(leaf.pool for leaf in leaves) <= measuring.EXACT_ROWS
     rows = opening.rows(leaves, exact)
     tokens = None
-    if _counts_tokens(root):
+    if counts_tokens(root):
         tables = opening.measure(leaves, [Wanted(r) for r in rows])
         tokens = {leaf.node.name: table.mean_tokens() for leaf, table in zip(leaves, tables, strict=True)}
     sizes = Sizes({leaf.node.name: leaf.node.config.examples or leaf.pool for leaf in leaves}, tokens)
@@ -76,7 +74,7 @@ def open_stream(
     in_epoch = epoch_draws(config, draws)
     endless = config.train.steps is not None or not exact
     total = None if endless else max(1, round(in_epoch * config.train.epochs))
-    counted = opening.count(leaves, _wanted(leaves, rows, draws, total), rows, exact, evaluation=False)
+    counted = opening.count(leaves, rows_to_measure(leaves, rows, draws, total), rows, exact, evaluation=False)
     few = [Wanted(leaf.rows(config.seed, _WINDOW_SAMPLE)) for leaf in leaves]
     looked_at = opening.measure(leaves, few, silent=True)
     maker = WindowMaker(
@@ -95,7 +93,7 @@ def open_stream(
         stream,
         warnings=tuple(warnings),
         plan=plan,
-        phase_ends=tuple(_phase_end(p.until) for p in config.data.phases[:-1]),
+        phase_ends=tuple(phase_end(p.until) for p in config.data.phases[:-1]),
     )
 
 
@@ -116,11 +114,11 @@ def open_eval_stream(
     `encoder_length` and `start_token` are as for `open_stream`.
     """
     kind = row_kind(max_length, packing=config.data.packing, encoder_length=encoder_length, start_token=start_token)
-    opening = _Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
+    opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
     fraction = 0.0
-    root = _evaluation_tree(config)
+    root = evaluation_tree(config)
     if root is None and config.data.eval_fraction:
-        root, fraction = _training_tree(config)[0], config.data.eval_fraction
+        root, fraction = training_tree(config)[0], config.data.eval_fraction
     if root is None:
         return None
     for leaf in root.leaves():
@@ -149,206 +147,10 @@ def open_eval_stream(
     return _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir)
 
 
-def mixture_plan(config: Config, *, cache_dir: str | None = None) -> MixturePlan:
-    """The plan of `config` without its texts: sources are counted only where no `examples` are given.
-
-    Raises ValueError for shares that cannot be met, and for shares of tokens, which need the texts.
-    """
-    root, _ = _training_tree(config)
-    if _counts_tokens(root):
-        raise ValueError("mixing.unit: shares of tokens need the texts; the training command prints this plan")
-    examples, missing = {}, {}
-    for leaf in root.leaves():
-        try:
-            size = leaf.config.examples or len(sources.open_source(leaf.config, cache_dir=cache_dir))
-            examples[leaf.name] = size - held_out(size, config.data.eval_fraction)
-        except sources.MissingSource as problem:
-            missing[leaf.name] = str(problem)
-    if missing and config.data.missing == "error":
-        raise ValueError(
-            "\n".join([*missing.values(), "set `examples` for sources that are not here, or data.missing=skip"])
-        )
-    kept = tree.prune(root, set(missing))
-    if kept is None:
-        raise ValueError("data.train: none of the sources is there")
-    phases = phase_shares(config, kept, Sizes(examples))
-    return make_plan(kept, phases[0][1], examples, phases=phases if len(phases) > 1 else (), skipped=tuple(missing))
-
-
-def phase_shares(config: Config, root: tree.Node, sizes: Sizes) -> list[tuple[str, list[Fraction]]]:
-    """Each phase's end, in words, and the shares of the leaves in it; one phase without `data.phases`."""
-    if not config.data.phases:
-        return [("the end", leaf_shares(root, sizes))]
-    return [
-        (
-            "the end" if phase.until is None else str(_phase_end(phase.until)),
-            leaf_shares(root, sizes, weights=phase.weights or None, tags=phase.tags or None),
-        )
-        for phase in config.data.phases
-    ]
-
-
-def known_ends(config: Config, reached: Sequence[int]) -> list[int]:
-    """First draws of the phases after the first, as far as they are known: those reached, and those asked in draws."""
-    ends = list(reached)
-    for phase in config.data.phases[len(ends) : -1]:
-        if phase.until is None or phase.until.draws is None:
-            break
-        ends.append(phase.until.draws)
-    return ends
-
-
-def _phase_end(until: Any) -> PhaseEnd:
-    kind = next(key for key in ("steps", "tokens", "draws") if getattr(until, key) is not None)
-    return PhaseEnd(kind, getattr(until, kind))
-
-
-def _training_tree(config: Config) -> tuple[tree.Node, tree.Node | None]:
-    """The tree that is trained on, and the held-out clusters of it."""
-    root = tree.expand(config, config.data.train, key="data.train", template_names=tasks.template_names)
-    held, related = tree.hold_out(root, config.data.hold_out)
-    if not held:
-        return root, None
-    kept = tree.prune(root, held | related)
-    if kept is None:
-        raise ValueError("data.hold_out.clusters: nothing is left to train on; hold out fewer clusters")
-    return kept, tree.prune(root, {leaf.name for leaf in root.leaves()} - held)
-
-
-def _evaluation_tree(config: Config) -> tree.Node | None:
-    held = _training_tree(config)[1] if config.data.hold_out.clusters else None
-    if not config.data.eval:
-        return held
-    root = tree.expand(config, config.data.eval, key="data.eval", template_names=tasks.template_names)
-    if held is None:
-        return root
-    # Numbers say which source a leaf reads: those of the second tree go on after the first's.
-    first = 1 + max(leaf.source for leaf in root.leaves())
-    return dataclasses.replace(root, members=(*root.members, *(tree.renumbered(m, first) for m in held.members)))
-
-
-def _counts_tokens(node: tree.Node) -> bool:
-    return node.mixing.unit == "tokens" or any(_counts_tokens(member) for member in node.members)
-
-
-class _Counted(NamedTuple):
-    tables: tuple[lengths.RowTable, ...]
-    funnel: funnel.Funnel
-
-
-@dataclasses.dataclass
-class _Opening:
-    """What opening a stream needs at every turn."""
-
-    config: Config
-    tokenizer: Any
-    max_length: int
-    encoder_length: int | None
-    cache_dir: str | None
-    output_dir: str | None
-    progress: Progress | None
-
-    def __post_init__(self) -> None:
-        self.opener = Opener(
-            self.config,
-            tokenizer=self.tokenizer,
-            max_length=self.max_length,
-            encoder_length=self.encoder_length,
-            cache_dir=self.cache_dir,
-        )
-
-    def measure(
-        self, leaves: Sequence[OpenLeaf], wanted: Sequence[Wanted], *, silent: bool = False
-    ) -> list[lengths.RowTable]:
-        """The length pass over these rows."""
-        return lengths.measure(
-            [leaf.reader for leaf in leaves],
-            wanted,
-            cache_dir=self.cache_dir or hub.cache_dir(),
-            progress=None if silent else self.progress,
-        )
-
-    def measure_one(self, leaf: OpenLeaf) -> lengths.RowTable:
-        """The lengths of all rows that a leaf is trained on."""
-        return self.measure([leaf], [Wanted(leaf.rows(self.config.seed))])[0]
-
-    def rows(self, leaves: Sequence[OpenLeaf], exact: bool) -> list[np.ndarray]:
-        """Rows to measure: all that are trained on, or a sample of each source."""
-        if exact:
-            return [leaf.rows(self.config.seed) for leaf in leaves]
-        total = sum(leaf.pool for leaf in leaves)
-        return [leaf.rows(self.config.seed, max(_MIN_SAMPLE, SAMPLE_ROWS * leaf.pool // total)) for leaf in leaves]
-
-    def hashes(self, root: tree.Node) -> np.ndarray:
-        """Content hashes of every row of the held-out clusters, uint64 ascending."""
-        opened, root, _ = self.opener.find(root)
-        leaves = self.opener.open(root, opened, fraction=0.0)
-        keys = lengths.reader_keys([leaf.reader for leaf in leaves])
-        return lengths.cached_hashes([leaf.reader for leaf in leaves], keys, self.cache_dir or hub.cache_dir())
-
-    def count(
-        self,
-        leaves: Sequence[OpenLeaf],
-        wanted: Sequence[Wanted],
-        rows: Sequence[np.ndarray],
-        exact: bool,
-        *,
-        evaluation: bool,
-    ) -> _Counted:
-        """Measures rows; raises ValueError with every reason not to start."""
-        config = self.config
-        tables = self.measure(leaves, wanted)
-        found = [
-            funnel.summarise(
-                leaf.node.name,
-                leaf.reader,
-                table,
-                rows=len(table.rows) if exact else leaf.pool,
-                exact=exact or len(mine) == leaf.pool,
-            )
-            for leaf, mine, table in zip(leaves, rows, tables, strict=True)
-        ]
-        counted = _Counted(tuple(tables), funnel.Funnel(tuple(found)))
-        wrong = funnel.problems(
-            counted.funnel,
-            tables,
-            on_bad_row=config.data.on_bad_row,
-            max_lost=config.data.max_lost,
-            held_out=evaluation and not config.data.eval,
-        )
-        if wrong:
-            raise ValueError("\n".join(wrong))
-        bad = [
-            (leaf.reader.source, row, message)
-            for leaf, table in zip(leaves, tables, strict=True)
-            for row, message in table.messages.items()
-        ]
-        if config.data.on_bad_row == "quarantine" and bad:
-            quarantine(bad, self.output_dir, EVAL_QUARANTINE if evaluation else QUARANTINE, mode="w")
-        return counted
-
-
-def _wanted(
-    leaves: Sequence[OpenLeaf], rows: Sequence[np.ndarray], draws: mixture.Mixture, total: int | None
-) -> list[Wanted]:
-    """What to measure: rows, or for leaves that change from epoch to epoch the very draws of the run."""
-    if total is None or not any(leaf.reader.varies for leaf in leaves):
-        return [Wanted(r) for r in rows]
-    every = draws.block(0, total)
-    out = []
-    for i, (leaf, mine) in enumerate(zip(leaves, rows, strict=True)):
-        if not leaf.reader.varies:
-            out.append(Wanted(mine))
-            continue
-        at = np.flatnonzero(every.source == i)
-        out.append(lengths.pairs(every.row[at], every.epoch[at]))
-    return out
-
-
 def _stream(
     config: Config,
     maker: WindowMaker,
-    counted: _Counted,
+    counted: Counted,
     leaves: Sequence[OpenLeaf],
     exact: bool,
     *,
@@ -414,7 +216,7 @@ def _plan(
     root: tree.Node,
     phases: Sequence[tuple[str, Sequence[Fraction]]],
     stream: Stream,
-    counted: _Counted,
+    counted: Counted,
     skipped: Sequence[str],
 ) -> MixturePlan:
     draws = stream.maker.draws

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.batch import Batch, PairBatch
-from jaxtune.data import mixture
+from jaxtune.data.mixing import mixture
 
 
 class Example(NamedTuple):

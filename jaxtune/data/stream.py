@@ -20,9 +20,12 @@ import numpy as np
 from absl import flags
 
 from jaxtune.batch import ExampleId, HostBatch
-from jaxtune.data import formats, funnel, mixture, sources
+from jaxtune.data import funnel
 from jaxtune.data.examples import RowReader
-from jaxtune.data.plan import MixturePlan
+from jaxtune.data.files import sources
+from jaxtune.data.layouts import formats
+from jaxtune.data.mixing import mixture
+from jaxtune.data.mixing.plan import MixturePlan
 from jaxtune.data.windows import LaneWindows, PhaseEnd, Window, WindowMaker
 
 QUARANTINE = "quarantine.jsonl"

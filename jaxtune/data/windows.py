@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data import lengths, mixture
+from jaxtune.data import lengths
 from jaxtune.data.examples import RowReader
+from jaxtune.data.mixing import mixture
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.rows import Rows
 from jaxtune.data.workers import end_with

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxtune.config import SourceConfig
-from jaxtune.data.formats import Layout, find_layout
+from jaxtune.data.files.sources import Source, open_source
+from jaxtune.data.layouts.formats import Layout, find_layout
 from jaxtune.data.records import Message, NothingToLearn, RowError
-from jaxtune.data.sources import Source, open_source
 
 DEFAULT_GROUP = "task"
 DETECTION_ROWS = 64

@@ -7,7 +7,7 @@ import tokenizers
 import transformers
 
 from jaxtune.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
-from jaxtune.data import templates
+from jaxtune.data.chat import templates
 
 SPECIAL = [
     "<|im_start|>",

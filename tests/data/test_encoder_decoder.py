@@ -11,9 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config import SourceConfig, TuningConfig
-from jaxtune.data import formats, loader, sources, templates
+from jaxtune.data import loader
+from jaxtune.data.chat import templates
 from jaxtune.data.encoder_decoder import PairReader
 from jaxtune.data.examples import ExampleOptions
+from jaxtune.data.files import sources
+from jaxtune.data.layouts import formats
 from jaxtune.data.stream import merge_states
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from jaxtune.config import SourceConfig
-from jaxtune.data import formats, sources, templates
+from jaxtune.data.chat import templates
 from jaxtune.data.examples import ExampleOptions, RowReader
+from jaxtune.data.files import sources
+from jaxtune.data.layouts import formats
 
 LONG = [{"role": "system", "content": "Be brief."}]
 for n in range(6):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from jaxtune.data.formats import find_layout
+from jaxtune.data.chat.templates import load_template
+from jaxtune.data.layouts.formats import find_layout
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
-from jaxtune.data.templates import load_template
 
 ADD = {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}
 

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from jaxtune.config import SourceConfig
-from jaxtune.data import sources
-from jaxtune.data.formats import find_layout
+from jaxtune.data.chat.templates import load_template
+from jaxtune.data.files import sources
+from jaxtune.data.layouts.formats import find_layout
 from jaxtune.data.records import NothingToLearn
-from jaxtune.data.templates import load_template
 
 
 def chatml(*turns):

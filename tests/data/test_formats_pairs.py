@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxtune.data.formats import find_layout
+from jaxtune.data.layouts.formats import find_layout
 from jaxtune.data.records import NothingToLearn, RowError
 
 

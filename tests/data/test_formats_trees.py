@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxtune.data.formats import find_layout
+from jaxtune.data.layouts.formats import find_layout
 from jaxtune.data.records import NothingToLearn, RowError
 
 

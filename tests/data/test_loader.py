@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config import SourceConfig, TuningConfig
-from jaxtune.data import loader, tree
-from jaxtune.data.chat_templates import BUILT_INS
+from jaxtune.data import loader, measuring
+from jaxtune.data.chat.chat_templates import BUILT_INS
+from jaxtune.data.mixing import tree
 from jaxtune.data.stream import merge_states
 
 
@@ -336,8 +337,8 @@ def test_a_column_that_is_not_there_names_the_source(open_, write_rows):
 
 
 def test_large_data_is_sampled_and_says_so(open_, write_rows, monkeypatch):
-    monkeypatch.setattr(loader, "EXACT_ROWS", 50)
-    monkeypatch.setattr(loader, "SAMPLE_ROWS", 100)
+    monkeypatch.setattr(measuring, "EXACT_ROWS", 50)
+    monkeypatch.setattr(measuring, "SAMPLE_ROWS", 100)
     rows = [*pairs(300), {"prompt": 5, "completion": "x"}]
     stream = open_(make_config(write_rows("a.jsonl", rows), train={"steps": 3}, on_bad_row="skip"))
     (source,) = stream.funnel.sources

@@ -6,8 +6,10 @@ import json
 import pytest
 
 from jaxtune.config import SourceConfig
-from jaxtune.data import formats, sources, templates
+from jaxtune.data.chat import templates
 from jaxtune.data.examples import ExampleOptions, RowReader
+from jaxtune.data.files import sources
+from jaxtune.data.layouts import formats
 
 SHORT, LONG = "Hi there", "so it goes and " * 12
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.data.mixture import InOrder, Leaf, Mixture, held_out_rows, integer_rates, permute
+from jaxtune.data.mixing.mixture import InOrder, Leaf, Mixture, held_out_rows, integer_rates, permute
 
 LEAVES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), min_size=1, max_size=6).filter(
     lambda leaves: any(n for n, _ in leaves)

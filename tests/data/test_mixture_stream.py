@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.data import loader
-from jaxtune.data.mixture import InOrder
+from jaxtune.data.mixing.mixture import InOrder
 from jaxtune.data.stream import merge_states
 from jaxtune.data.windows import WindowMaker
 

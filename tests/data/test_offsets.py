@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers, processors
 
 from jaxtune import hub
-from jaxtune.data import offsets
-from jaxtune.data.templates import load_tokenizer
+from jaxtune.data.chat import offsets
+from jaxtune.data.chat.templates import load_tokenizer
 
 CORPUS = ["Hello there, how are you? I am well.\n  The answer is 42: yes, e\u0301t\u00e9."] * 50
 PIECES = st.sampled_from(

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from jaxtune.data import promptsource
-from jaxtune.data.keyed import Keyed
 from jaxtune.data.records import RowError
+from jaxtune.data.wording import promptsource
+from jaxtune.data.wording.keyed import Keyed
 
 
 def one(jinja, answer_choices=None, **more):

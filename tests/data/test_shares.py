@@ -12,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
-from jaxtune.data import loader, mixture, tree
-from jaxtune.data.shares import Sizes, leaf_shares, style_parts
+from jaxtune.data import planning
+from jaxtune.data.mixing import mixture, tree
+from jaxtune.data.mixing.shares import Sizes, leaf_shares, style_parts
 from jaxtune.decode import ConfigError, decode, from_tree
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -89,7 +90,7 @@ def test_a_group_is_as_large_as_its_members():
 
 @pytest.fixture(scope="module")
 def flan():
-    plan = loader.mixture_plan(decode([str(CONFIGS / "flan2022.yaml")]))
+    plan = planning.mixture_plan(decode([str(CONFIGS / "flan2022.yaml")]))
     by_task = collections.defaultdict(float)
     for one in plan.leaves:
         by_task[one.name.split("/")[-1]] += 100 * float(one.rate)
@@ -336,7 +337,7 @@ def test_clusters_are_held_out_with_flans_mutual_exclusions(held, evaluated, tra
         leaf("cosmos", task="cosmos_qa"),
     ]
     config = config_of(sources, hold_out={"clusters": held})
-    kept, out = loader._training_tree(config)
+    kept, out = planning.training_tree(config)
     assert {one.name for one in out.leaves()} == evaluated
     assert {one.name for one in kept.leaves()} == trained
 
@@ -344,7 +345,7 @@ def test_clusters_are_held_out_with_flans_mutual_exclusions(held, evaluated, tra
 def test_a_cluster_that_no_source_is_of():
     config = config_of([leaf("xsum")], hold_out={"clusters": ["songs"]})
     with pytest.raises(ValueError, match="no source is of cluster 'songs'; found summarization"):
-        loader._training_tree(config)
+        planning.training_tree(config)
 
 
 # Phases.
@@ -358,13 +359,13 @@ def test_phases_have_weights_and_tags_of_their_own():
     ]
     config = config_of([leaf("a", 10, tags=["x"]), leaf("b", 30)], phases=phases)
     root = tree.expand(config, config.data.train, key="data.train", template_names=lambda *given: [])
-    found = loader.phase_shares(config, root, Sizes({"a": 10, "b": 30}))
+    found = planning.phase_shares(config, root, Sizes({"a": 10, "b": 30}))
     assert found == [
         ("100 draws", [1, 0]),
         ("300 draws", [Fraction(1, 4), Fraction(3, 4)]),
         ("the end", [Fraction(1, 5), Fraction(4, 5)]),
     ]
-    assert loader.known_ends(config, ()) == [100, 300]
+    assert planning.known_ends(config, ()) == [100, 300]
 
 
 @pytest.mark.parametrize(
@@ -397,7 +398,7 @@ def test_the_plan_needs_no_data_where_sizes_are_given():
         data=DataConfig(train=(SourceConfig(path="gone.jsonl", examples=10, tags=("t",)),)),
         train=TrainConfig(),
     )
-    plan = loader.mixture_plan(config).as_json()
+    plan = planning.mixture_plan(config).as_json()
     assert plan["leaves"][0] | {"name": "gone", "rate": 1.0, "examples": 10, "tags": ["t"]} == plan["leaves"][0]
 
 
@@ -409,7 +410,7 @@ def test_the_plan_counts_what_is_there_and_names_what_is_not(tmp_path):
         {"path": str(tmp_path / "c.jsonl")},
     ]
     with pytest.raises(ValueError, match=r"(?s)b\.jsonl.*c\.jsonl"):
-        loader.mixture_plan(config_of(sources), cache_dir=str(tmp_path / "cache"))
-    plan = loader.mixture_plan(config_of(sources, missing="skip"), cache_dir=str(tmp_path / "cache"))
+        planning.mixture_plan(config_of(sources), cache_dir=str(tmp_path / "cache"))
+    plan = planning.mixture_plan(config_of(sources, missing="skip"), cache_dir=str(tmp_path / "cache"))
     assert [(one.name, one.examples, one.rate) for one in plan.leaves] == [("a", 7, 1)]
     assert plan.skipped == ("b", "c")

@@ -11,7 +11,7 @@ import pytest
 
 from jaxtune import hub
 from jaxtune.config import SourceConfig
-from jaxtune.data import line_index, sources
+from jaxtune.data.files import line_index, sources
 from jaxtune.data.records import RowError
 
 ROWS = [{"text": f"row {i} 漢字\u2028 {{}}", "n": i, "deep": {"a": [i, None]}} for i in range(50)]

@@ -9,8 +9,8 @@ import pyarrow.feather
 import pytest
 
 from jaxtune.config import SourceConfig
-from jaxtune.data import sources, spooling
-from jaxtune.data.formats import find_layout
+from jaxtune.data.files import sources, spooling
+from jaxtune.data.layouts.formats import find_layout
 from jaxtune.data.records import RowError
 
 ROWS = [{"text": f"row {i} 漢字", "n": i, "deep": {"a": [i, None]}} for i in range(10_000)]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxtune.config import SourceConfig
-from jaxtune.data import sources, spool
+from jaxtune.data.files import sources, spool
 
 
 def write(folder, count, rows=20):

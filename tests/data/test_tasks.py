@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config import SourceConfig
-from jaxtune.data import formats, sources, tasks, templates
-from jaxtune.data.content import content_hashes, fields_hash, normal
+from jaxtune.data.chat import templates
 from jaxtune.data.examples import ExampleOptions, RowReader
-from jaxtune.data.fewshot import Exemplars
+from jaxtune.data.files import sources
+from jaxtune.data.layouts import formats
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
+from jaxtune.data.wording import tasks
+from jaxtune.data.wording.content import content_hashes, fields_hash, normal
+from jaxtune.data.wording.fewshot import Exemplars
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SUMS = [{"a": i, "b": i * i, "answer": str(i + i * i)} for i in range(40)]

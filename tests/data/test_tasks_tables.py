@@ -5,11 +5,12 @@ import json
 import pytest
 
 from jaxtune.config import SourceConfig
-from jaxtune.data import options, sources, tasks, template_files, template_tables
-from jaxtune.data.fewshot import Exemplars
-from jaxtune.data.formats import find_layout
-from jaxtune.data.keyed import Keyed
+from jaxtune.data.files import sources
+from jaxtune.data.layouts.formats import find_layout
 from jaxtune.data.records import RowError
+from jaxtune.data.wording import options, tasks, template_files, template_tables
+from jaxtune.data.wording.fewshot import Exemplars
+from jaxtune.data.wording.keyed import Keyed
 
 NLI = {"premise": "It rains.", "hypothesis": "It is wet.", "answer": "yes", "options": ["yes", "no", "maybe"]}
 

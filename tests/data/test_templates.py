@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 
-from jaxtune.data.chat_templates import BUILT_INS
+from jaxtune.data.chat.chat_templates import BUILT_INS
+from jaxtune.data.chat.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.data.records import Conversation, Message, RowError
-from jaxtune.data.templates import ChatTemplate, load_template, load_tokenizer
 
 # Templates as models bring them, in our own words: no system role; a system folded into the first turn; reasoning
 # blocks; a stop at the very end only; a tag that marks what is generated.

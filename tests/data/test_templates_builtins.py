@@ -2,10 +2,10 @@
 
 import pytest
 
-from jaxtune.data.chat_templates import BUILT_INS
+from jaxtune.data.chat.chat_templates import BUILT_INS
+from jaxtune.data.chat.templates import load_template
 from jaxtune.data.reasoning import apply_reasoning
 from jaxtune.data.records import Conversation, Message, RowError
-from jaxtune.data.templates import load_template
 
 
 def talk(*contents, system=None):

@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
+from jaxtune.data.chat.templates import ChatTemplate, load_template
 from jaxtune.data.records import Conversation, Message, RowError
-from jaxtune.data.templates import ChatTemplate, load_template
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 

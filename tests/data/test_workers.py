@@ -17,7 +17,8 @@ TRAINER = textwrap.dedent(
     import sys
     sys.path.insert(0, {tests!r})
     from conftest import make_config, pairs
-    from jaxtune.data import loader, templates
+    from jaxtune.data import loader
+    from jaxtune.data.chat import templates
 
     if __name__ == "__main__":
         tokenizer = templates.load_tokenizer({tokenizer!r})

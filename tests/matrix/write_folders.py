@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtune import adapters, hub
 from jaxtune.convert import hf, peft
 from jaxtune.convert.folder import open_folder
-from jaxtune.data.templates import load_template, load_tokenizer
+from jaxtune.data.chat.templates import load_template, load_tokenizer
 from jaxtune.models.layers import LoRAParam
 
 CONVERSATION = [

@@ -34,7 +34,7 @@ def run_draws() -> dict[str, float]:
     import grain
     import numpy as np
 
-    from jaxtune.data.mixture import Leaf, Mixture
+    from jaxtune.data.mixing.mixture import Leaf, Mixture
 
     sizes = np.exp(np.random.default_rng(0).uniform(0, np.log(1e6), 1836)).astype(int) + 1
     leaves = [Leaf(int(n), source=i) for i, n in enumerate(sizes)]
@@ -73,7 +73,7 @@ def write_pairs(data: pathlib.Path, file: pathlib.Path, count: int) -> int:
 
 def load_tokenizer(folder: str) -> Any:
     """The tokenizer with a template that needs no new tokens."""
-    from jaxtune.data import templates
+    from jaxtune.data.chat import templates
 
     loaded = templates.load_tokenizer(folder)
     loaded.chat_template = CHATML
@@ -223,7 +223,7 @@ def prepare(options: argparse.Namespace) -> None:
 def many(options: argparse.Namespace) -> None:
     """Prints how fast files are indexed, and what a mixture of all of them takes."""
     from jaxtune.config import SourceConfig
-    from jaxtune.data import sources
+    from jaxtune.data.files import sources
 
     folder = pathlib.Path(options.folder)
     if not any(folder.glob("*.jsonl")):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from jaxtune.data.tree import Node
+from jaxtune.data.mixing.tree import Node
 
 _SHOWN = 40  # sources listed on a terminal; mixture.json has all
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from jaxtune.data.content import content_hashes, fields_hash
-from jaxtune.data.keyed import Keyed
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
-from jaxtune.data.wordings import Fields, Pair, Wording
+from jaxtune.data.wording.content import content_hashes, fields_hash
+from jaxtune.data.wording.keyed import Keyed
+from jaxtune.data.wording.wordings import Fields, Pair, Wording
 
 NO_EXEMPLAR = "no other row to show as exemplar"
 NONE_FITS = "no exemplar fits shot_tokens"

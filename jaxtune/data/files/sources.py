@@ -20,9 +20,9 @@ from huggingface_hub import errors as hub_errors
 
 from jaxtune import hub
 from jaxtune.config import SourceConfig
-from jaxtune.data import readers, spooling
-from jaxtune.data.line_index import BOM
-from jaxtune.data.spool import digest_of, forget, remote_stamp, spooled, stamp_of
+from jaxtune.data.files import readers, spooling
+from jaxtune.data.files.line_index import BOM
+from jaxtune.data.files.spool import digest_of, forget, remote_stamp, spooled, stamp_of
 
 MissingSource = hub.MissingSource
 

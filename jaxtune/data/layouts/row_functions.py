@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune.data import dialogues
+from jaxtune.data.layouts import dialogues
 from jaxtune.data.records import Conversation, NothingToLearn, RowError
 from jaxtune.data.row_values import Row, kind, near
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from jaxtune.data.keyed import Keyed
+from jaxtune.data.wording.keyed import Keyed
 
 Fields = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.data import cleaning
+from jaxtune.data.layouts import cleaning
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
 from jaxtune.data.row_values import Row, kind, near, text_of
 from jaxtune.data.tool_calls import parse_calls, parse_tools, result_text

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtune.config import SourceConfig
-from jaxtune.data import fewshot, template_files
-from jaxtune.data.fewshot import CountTokens, Exemplars
-from jaxtune.data.formats import Layout
-from jaxtune.data.keyed import Keyed
+from jaxtune.data.layouts.formats import Layout
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
 from jaxtune.data.row_values import near
-from jaxtune.data.wordings import AsGiven, Fields, Pair, Wording
+from jaxtune.data.wording import fewshot, template_files
+from jaxtune.data.wording.fewshot import CountTokens, Exemplars
+from jaxtune.data.wording.keyed import Keyed
+from jaxtune.data.wording.wordings import AsGiven, Fields, Pair, Wording
 
 SKIPPED = "skipped by every template"
 _NO_TURNS = ("fields", "text")  # formats without question and answer

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jaxtune.data import dialogues, pairs
-from jaxtune.data.cleaning import ShareGptOptions
-from jaxtune.data.message_trees import OasstOptions, oasst
+from jaxtune.data.layouts import dialogues, pairs
+from jaxtune.data.layouts.cleaning import ShareGptOptions
+from jaxtune.data.layouts.message_trees import OasstOptions, oasst
+from jaxtune.data.layouts.row_functions import convert_by_function, load_function
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
-from jaxtune.data.row_functions import convert_by_function, load_function
 from jaxtune.data.row_values import Row, missing, near
 
 _FLAT_TREE = {"message_id", "parent_id", "role", "text"}

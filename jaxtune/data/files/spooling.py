@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxtune import hub
-from jaxtune.data.line_index import BOM, CHUNK
-from jaxtune.data.spool import file_digest
+from jaxtune.data.files.line_index import BOM, CHUNK
+from jaxtune.data.files.spool import file_digest
 
 NUMBERS, TASK = ".numbers", ".task"  # endings of the files beside: lines that rows began on, what a task says
 _TASK_KEYS = {

@@ -10,11 +10,11 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxtune.data.keyed import Keyed
-from jaxtune.data.options import STYLES, OptionsStyle, drawn, option_meant, options_of
 from jaxtune.data.records import RowError
 from jaxtune.data.row_values import kind, near
-from jaxtune.data.wordings import PLAIN_FRAME, Fields, Frame, Pair, Wording
+from jaxtune.data.wording.keyed import Keyed
+from jaxtune.data.wording.options import STYLES, OptionsStyle, drawn, option_meant, options_of
+from jaxtune.data.wording.wordings import PLAIN_FRAME, Fields, Frame, Pair, Wording
 
 OPTIONS = "options_"
 _ANSWERS = ("answer", "label", "output", "target")  # the fields whose numbers are options

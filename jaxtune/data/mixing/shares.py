@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from jaxtune.config import MixingConfig
-from jaxtune.data.tree import Node
+from jaxtune.data.mixing.tree import Node
 
 BY_SIZE = ("proportional", "temperature")
 _ROUNDS = 200

@@ -11,7 +11,7 @@ import struct
 
 import numpy as np
 
-from jaxtune.data.spool import forget, read_at, spooled, stamp_of
+from jaxtune.data.files.spool import forget, read_at, spooled, stamp_of
 
 CHUNK = 1 << 24
 BOM = b"\xef\xbb\xbf"

@@ -16,11 +16,11 @@ import jinja2
 import jinja2.meta
 import numpy as np
 
-from jaxtune.data.jinja_sandbox import chat_environment
-from jaxtune.data.offsets import Encoder, Places
+from jaxtune.data.chat.jinja_sandbox import chat_environment
+from jaxtune.data.chat.offsets import Encoder, Places
+from jaxtune.data.chat.turns import LEARNT, Turn, TurnFinder, after_marks, probe
 from jaxtune.data.records import Conversation, Message, RowError
 from jaxtune.data.tool_calls import as_text, uses_tools, with_ids
-from jaxtune.data.turns import LEARNT, Turn, TurnFinder, after_marks, probe
 
 
 @dataclasses.dataclass(frozen=True)

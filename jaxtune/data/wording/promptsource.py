@@ -18,9 +18,9 @@ import jinja2.nodes
 import jinja2.sandbox
 import yaml
 
-from jaxtune.data.keyed import Keyed
 from jaxtune.data.records import RowError
-from jaxtune.data.wordings import PLAIN_FRAME, Fields, Frame, Pair, Wording
+from jaxtune.data.wording.keyed import Keyed
+from jaxtune.data.wording.wordings import PLAIN_FRAME, Fields, Frame, Pair, Wording
 
 SEPARATOR = "|||"
 _PROTECTED = "\ue0f2\ue0f2\ue0f2"  # stands for the separator inside data; private-use, so no data has it

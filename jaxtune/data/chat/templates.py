@@ -7,8 +7,8 @@ from typing import Any
 import transformers
 
 from jaxtune import hub
-from jaxtune.data.chat_templates import BOS, BUILT_INS
-from jaxtune.data.rendering import ChatTemplate, Rendered
+from jaxtune.data.chat.chat_templates import BOS, BUILT_INS
+from jaxtune.data.chat.rendering import ChatTemplate, Rendered
 
 __all__ = ["ChatTemplate", "Rendered", "load_template", "load_tokenizer"]
 

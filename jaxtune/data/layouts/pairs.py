@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtune.data.dialogues import system_message
+from jaxtune.data.layouts.dialogues import system_message
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
 from jaxtune.data.row_values import Row, kind, text_of
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtune.data.keyed import Keyed
 from jaxtune.data.records import RowError
 from jaxtune.data.row_values import kind
+from jaxtune.data.wording.keyed import Keyed
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

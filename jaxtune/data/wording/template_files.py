@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from jaxtune import hub
-from jaxtune.data import promptsource, template_tables
 from jaxtune.data.row_values import kind
-from jaxtune.data.wordings import Wording
+from jaxtune.data.wording import promptsource, template_tables
+from jaxtune.data.wording.wordings import Wording
 
 INLINE = "templates of the configuration"
 _Wordings = tuple[promptsource.PromptsourceWording, ...] | tuple[template_tables.TableWording, ...]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jaxtune.data.line_index import ArrayFile, LineIndex
+from jaxtune.data.files.line_index import ArrayFile, LineIndex
+from jaxtune.data.files.spool import OPENED, stamp_of
 from jaxtune.data.records import RowError
-from jaxtune.data.spool import OPENED, stamp_of
 
 COT_COLUMNS = ("question", "answer", "chain_of_thought")
 

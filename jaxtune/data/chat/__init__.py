@@ -1,0 +1,1 @@
+"""Conversations rendered once into tokens with one weight each."""

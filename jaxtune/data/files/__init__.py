@@ -1,0 +1,1 @@
+"""Rows by index, wherever they are stored."""

@@ -1,0 +1,1 @@
+"""Row layouts of instruction data, and how each becomes conversations."""

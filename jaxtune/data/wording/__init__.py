@@ -1,0 +1,1 @@
+"""Tasks worded by many templates, alone or after exemplars."""
