@@ -347,7 +347,7 @@ def test_changed_rows_are_refused(recipe, tmp_path, data, monkeypatch):
         stop_after(patch, 2)
         train(recipe(tmp_path / "out", f"data.train.0.path={rows}"))
     tiny_runs.write_rows(rows, tiny_runs.rows(47))
-    with pytest.raises(ValueError, match="the data stream has changed since this state was saved"):
+    with pytest.raises(ValueError, match="since this run was saved: source rows is another"):
         train(recipe(tmp_path / "out", f"data.train.0.path={rows}"))
 
 
