@@ -45,14 +45,14 @@ class Answerer:
         self._decoding = Decoding(opened.graph, opened.config, stop_ids=opened.stop_ids, dtype=opened.dtype)
         self._tokenizer = opened.template.tokenizer
 
-    def encode(self, messages: Messages) -> list[int]:
-        """Returns the tokens of a conversation up to where the model answers.
+    def encode(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Returns the tokens of a conversation up to where the model answers; `tools` are what it may call.
 
         Raises:
             ValueError: the template refuses the messages, or they leave the model no position to answer in.
         """
         try:
-            tokens = self.opened.template.prompt_tokens(messages)
+            tokens = self.opened.template.prompt_tokens(messages, tools=tools)
         except RowError as error:
             raise ValueError(str(error)) from error
         positions = self.opened.config.max_positions
@@ -63,10 +63,10 @@ class Answerer:
             )
         return tokens
 
-    def fits(self, messages: Messages, *, room: int) -> bool:
+    def fits(self, messages: Messages, *, room: int, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
         """Tells whether a conversation leaves the model `room` positions to answer in."""
         try:
-            return len(self.encode(messages)) + room <= self.opened.config.max_positions
+            return len(self.encode(messages, tools=tools)) + room <= self.opened.config.max_positions
         except ValueError:
             return False
 

@@ -105,3 +105,12 @@ def test_bad_data_is_told_with_its_line(folder, tmp_path, capsys):
 def test_scores_are_added_before_they_are_divided():
     assert (Score(1, 2) + Score(3, 3)).as_dict("m") == {"m": 0.8, "total": 4, "count": 5}
     assert exact_match(" a b\n", "a b") == 1 and exact_match("a  b", "a b") == 0 and exact_match("A b", "a b") == 0
+
+
+def test_a_question_keeps_the_tools_that_it_may_call(tmp_path):
+    tool = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": turns, "tools": [tool]}) + "\n")
+    (case,) = read_cases(str(file)).cases
+    assert [tool["function"]["name"] for tool in case.tools] == ["add"]

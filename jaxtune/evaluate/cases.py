@@ -14,12 +14,13 @@ DETECTION_ROWS = 64
 
 
 class Case(NamedTuple):
-    """One question: the messages before the last assistant turn, and that turn's text."""
+    """One question: the messages before the last assistant turn, and that turn's text; `tools` may be called."""
 
     messages: tuple[Message, ...]
     reference: str
     group: str | None
     where: str
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class Cases(NamedTuple):
@@ -64,7 +65,7 @@ def read_cases(
             raise ValueError(f"{source.where(i)}: no column {by!r} to group by; found columns {', '.join(row)}")
         group = None if by is None else str(row[by])
         try:
-            cases += [Case(*pair, group, source.where(i)) for pair in _questions(layout, row)]
+            cases += [Case(asked, answer, group, source.where(i), t) for asked, answer, t in _questions(layout, row)]
         except NothingToLearn as nothing:
             skipped[nothing.reason] += 1
         except RowError as error:
@@ -82,7 +83,7 @@ def _row(source: Source, i: int) -> dict[str, Any]:
         raise ValueError(f"{source.where(i)}: {error}") from error
 
 
-def _questions(layout: Layout, row: Mapping[str, Any]) -> list[tuple[tuple[Message, ...], str]]:
+def _questions(layout: Layout, row: Mapping[str, Any]) -> list[tuple[tuple[Message, ...], str, tuple[Any, ...]]]:
     pairs = []
     for conversation in layout.convert(row):
         messages = conversation.messages
@@ -91,5 +92,5 @@ def _questions(layout: Layout, row: Mapping[str, Any]) -> list[tuple[tuple[Messa
             raise NothingToLearn("no question before an answer")
         if not messages[last].content.strip():
             raise NothingToLearn("empty answer")
-        pairs.append((messages[:last], messages[last].content))
+        pairs.append((messages[:last], messages[last].content, tuple(conversation.meta.get("tools", ()))))
     return pairs

@@ -77,8 +77,8 @@ def _answer(
     prompts: list[list[int]] = []
     asked: list[int] = []
     for number, case in enumerate(cases):
-        if answerer.fits(case.messages, room=1):
-            prompts.append(answerer.encode(case.messages))
+        if answerer.fits(case.messages, room=1, tools=case.tools):
+            prompts.append(answerer.encode(case.messages, tools=case.tools))
             asked.append(number)
     given = dict(zip(asked, answerer.answer_prompts(prompts, sampling, progress=progress), strict=True))
     outcomes = []
