@@ -221,7 +221,9 @@ def test_all_changed_keys_are_listed_at_once(tmp_path):
     with pytest.raises(ValueError) as caught:
         folder.check_resume(config("tuning.rank=8", "seed=3", "data.window=9", "log.every_steps=3"), has_saved=True)
     told = str(caught.value)
-    assert all(line in told for line in ("tuning.rank: 16 there, 8 now", "seed: 0 there, 3 now", "data.window: auto"))
+    assert all(
+        line in told for line in ("tuning.rank: 16 there, 8 now", "seed: 0 there, 3 now", "data.window: 'auto' there")
+    )
     assert "log.every_steps" not in told
     folder.release()
 
