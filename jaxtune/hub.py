@@ -161,12 +161,20 @@ def _remote_files(path: str) -> list[str]:
         filesystem, inner = fsspec.core.url_to_fs(path)
     except ImportError as error:
         raise ValueError(f"{path}: {error}; install the package that reads this store (gcsfs for gs://)") from error
-    if any(c in inner for c in "*?["):
-        found = filesystem.glob(inner)
-    elif filesystem.isdir(inner):
-        found = [f for f in filesystem.find(inner) if f.endswith(DATA_SUFFIXES)]
-    else:
-        found = [inner] if filesystem.exists(inner) else []
+    try:
+        if any(c in inner for c in "*?["):
+            found = filesystem.glob(inner)
+        elif filesystem.info(inner)["type"] == "directory":  # `exists` would call a store out of reach an empty one
+            found = [f for f in filesystem.find(inner) if f.endswith(DATA_SUFFIXES)]
+        else:
+            found = [inner]
+    except FileNotFoundError:
+        found = []
+    except Exception as error:
+        raise ValueError(
+            f"{path}: the store cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); check the "
+            "network, the name, and the account's right to read it"
+        ) from error
     if not found:
         raise MissingSource(f"{path}: no such file in this store; check the name and the account's right to read it")
     return sorted(filesystem.unstrip_protocol(f) for f in found)

@@ -200,3 +200,11 @@ def test_refused_by_the_hub_names_token_and_licence_page(status, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ValueError, match=rf"\({status}\): accept its licence at https://huggingface.co/a/b .*HF_TOKEN"):
         hub.resolve_folder("a/b")
+
+
+def test_a_store_out_of_reach_is_not_an_empty_one(monkeypatch):
+    """data.missing=skip leaves out what is not there, never what cannot be asked for."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="the store cannot be read") as caught:
+        sources.open_source(SourceConfig(path="hf://datasets/nobody/nothing/rows.jsonl"))
+    assert not isinstance(caught.value, sources.MissingSource)

@@ -4,6 +4,7 @@ A group's members, a table's tasks, a task's templates and a source's styles are
 share the draws of their parent by its `mixing`. What the shares come to is said in `shares.py`.
 """
 
+import collections
 import csv
 import dataclasses
 import io
@@ -278,8 +279,10 @@ def short_name(path: str) -> str:
 def source_names(chosen: Sequence[SourceConfig]) -> tuple[str, ...]:
     """A short name for each source: its id, else its path's last part, or the whole path where those are not unique."""
     short = [source.id or short_name(source.path or f"group{i}") for i, source in enumerate(chosen)]
-    names = [s if short.count(s) == 1 or c.path is None else c.path for s, c in zip(short, chosen, strict=True)]
-    return tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
+    often = collections.Counter(short)
+    names = [s if often[s] == 1 or c.path is None else c.path for s, c in zip(short, chosen, strict=True)]
+    often = collections.Counter(names)
+    return tuple(n if often[n] == 1 else f"{n}#{i}" for i, n in enumerate(names))
 
 
 # FLAN 2021's rules of its inter-cluster protocol: to test one of a pair, train on neither (FLAN, task_splits.py).
