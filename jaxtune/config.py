@@ -328,6 +328,7 @@ class Config(Section):
         for key, sources in (("data.train", self.data.train), ("data.eval", self.data.eval)):
             problems += _problems_of(sources, key)
         problems += _weight_problems(self.data.train, "data.train", self.data.mixing)
+        problems += _unread_by_evaluation(self.data.eval, "data.eval")
         problems += _phase_problems(self.data.phases, steps=self.train.steps)
         rows, micro = self.train.batch_rows, self.train.microbatch_rows
         if micro is not None and rows % micro:
@@ -341,6 +342,10 @@ class Config(Section):
         problems += [f"mesh.{axis}: found 0; expected a size of at least 1, or -1" for axis in empty]
         if self.data.eval and self.data.eval_fraction:
             problems.append("data.eval_fraction: found beside data.eval; give one of the two")
+        if self.data.hold_out.clusters and self.data.eval_fraction:
+            problems.append("data.eval_fraction: found beside data.hold_out.clusters; give one of the two")
+        if self.data.phases and self.data.stop != "plan":
+            problems.append(f"data.stop: found {self.data.stop} beside data.phases; expected plan, or no phases")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -371,6 +376,10 @@ def _problems_of(sources: tuple[SourceConfig, ...], key: str) -> list[str]:
             and source.mixing.rates not in ("auto", "weights")
         ):
             out.append(f"{here}.mixing.rates: found {source.mixing.rates} beside table.weight; remove one of the two")
+        for column, wanted in source.table.where.items() if source.table is not None else ():
+            inside = wanted if isinstance(wanted, list | tuple) else (wanted,)
+            if any(isinstance(value, dict | list | tuple) for value in inside):
+                out.append(f"{here}.table.where.{column}: found {wanted!r}; expected a value, or a list of values")
         if source.sources and source.examples is not None:
             out.append(f"{here}.examples: found on a group; expected on its members")
         if source.each_template and source.templates is None:
@@ -398,6 +407,52 @@ def _weight_problems(sources: tuple[SourceConfig, ...], key: str, mixing: Mixing
     if capped and not by_size:
         return [f"{key}.{capped[0]}.cap: only read when {where}.mixing.rates is proportional or temperature"]
     return []
+
+
+_FOR_TRAINING = ("weight", "cap", "epochs", "order", "mixing", "examples", "cluster")
+
+
+def _unread_by_evaluation(
+    sources: tuple[SourceConfig, ...], key: str, outer: dict[str, float] | None = None
+) -> list[str]:
+    """Keys of data.eval's sources that say how often or in which order rows are drawn; `outer`: a group's styles."""
+    out = []
+    reads_once = "evaluation reads every row once, so remove it (it is for data.train)"
+    for i, source in enumerate(sources):
+        here = f"{key}.{i}"
+        for name in _FOR_TRAINING:
+            value = getattr(source, name)
+            if value != SourceConfig.model_fields[name].default:
+                told = value.model_dump(exclude_defaults=True) if isinstance(value, MixingConfig) else value
+                out.append(f"{here}.{name}: found {told}; {reads_once}")
+        for name in ("examples", "weight"):
+            if source.table is not None and (column := getattr(source.table, name)) is not None:
+                out.append(f"{here}.table.{name}: found {column}; {reads_once}")
+        if len(set(source.styles.values())) > 1:
+            shares: dict[str, float] = {style: 1 for style in source.styles}
+            out.append(
+                f"{here}.styles: found {source.styles}; evaluation reads every row in each style, whatever their "
+                f"shares, so give equal ones, e.g. {shares}"
+            )
+        styles = {**source.styles} if "styles" in source.model_fields_set else outer or {}
+        if not any("few_shot" in style for style in _styles_below(source, styles)):
+            for name in ("shots", "shot_tokens"):
+                value = getattr(source, name)
+                if value != SourceConfig.model_fields[name].default:
+                    out.append(f"{here}.{name}: found {value}; no few-shot style here reads it, so remove it")
+        out += _unread_by_evaluation(source.sources, f"{here}.sources", styles)
+    return out
+
+
+def _styles_below(source: SourceConfig, styles: dict[str, float]) -> set[str]:
+    """The styles of a source, or of a group's members, which have the group's where they name none."""
+    if not source.sources:
+        return set(styles)
+    return {
+        style
+        for member in source.sources
+        for style in _styles_below(member, {**member.styles} if "styles" in member.model_fields_set else styles)
+    }
 
 
 def _phase_problems(phases: tuple[PhaseConfig, ...], *, steps: int | None) -> list[str]:

@@ -1,7 +1,9 @@
 """The leaves of a tree opened: files found, layouts decided, templates bound, rows trained on or held out."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,20 @@ _CHECKED_ROWS = 20
 
 @dataclasses.dataclass(frozen=True)
 class OpenLeaf:
-    """A leaf with what reads it; of the `size` rows of its source the hold-out keeps `held_out` for evaluation."""
+    """A leaf with what reads it; of the `size` rows of its source the hold-out keeps `held_out` for evaluation.
+
+    Which rows these are depends on the source's bytes alone: leaves that read one file hold out the same rows of it.
+    """
 
     node: Node
     reader: RowReader
     held_out: int
     part: tuple[int, int] | None
+
+    @property
+    def held_key(self) -> int:
+        """The key of the hold-out."""
+        return _held_key(self.reader.source)
 
     @property
     def size(self) -> int:
@@ -45,13 +55,13 @@ class OpenLeaf:
 
     def held_rows(self, seed: int) -> np.ndarray:
         """The rows held out, int64 ascending."""
-        return mixture.held_out_rows(self.size, self.held_out, seed=seed, source=self.node.source)
+        return mixture.held_out_rows(self.size, self.held_out, seed=seed, source=self.held_key)
 
     def rows(self, seed: int, sample: int | None = None) -> np.ndarray:
         """The rows trained on, int64 ascending: all, or `sample` of them spread evenly."""
         if sample is not None and sample < self.pool:
             at = np.linspace(0, self.pool - 1, sample).astype(np.int64)
-            return np.sort(mixture.not_held_out(at, self.size, self.held_out, seed=seed, source=self.node.source))
+            return np.sort(mixture.not_held_out(at, self.size, self.held_out, seed=seed, source=self.held_key))
         rows = np.arange(self.size, dtype=np.int64)
         return rows if not self.held_out else np.delete(rows, self.held_rows(seed))
 
@@ -157,7 +167,7 @@ class Opener:
         pool = None
         if held and phrasing is not None:
             pool = np.delete(
-                np.arange(len(source)), mixture.held_out_rows(len(source), held, seed=seed, source=leaf.source)
+                np.arange(len(source)), mixture.held_out_rows(len(source), held, seed=seed, source=_held_key(source))
             )
         if phrasing is not None:
             first = [fields for i in range(min(len(source), _CHECKED_ROWS)) if (fields := _fields(source, layout, i))]
@@ -200,12 +210,25 @@ def held_out(size: int, fraction: float) -> int:
     return min(size - 1, max(1, round(size * fraction))) if fraction and size > 1 else 0
 
 
+def _held_key(source: sources.Source) -> int:
+    return int.from_bytes(hashlib.blake2b(source.fingerprint.encode(), digest_size=7).digest(), "little")
+
+
 def row_orders(leaves: Sequence[OpenLeaf], measure: Callable[[OpenLeaf], lengths.RowTable], seed: int) -> list[Any]:
     """For each leaf the rows to draw in place of a shuffle, int64, or None.
 
-    Raises ValueError for a column that is not there or holds no numbers.
+    Styles of one source have one order, by its first style, and are dealt its rows evenly: each row has one style, and
+    no style has all the short ones. Raises ValueError for a column that is not there or holds no numbers.
     """
-    return [None if leaf.node.config.order == "shuffle" else _row_order(leaf, measure, seed) for leaf in leaves]
+    out: list[Any] = [None] * len(leaves)
+    for number in {leaf.node.source for leaf in leaves if leaf.node.config.order != "shuffle"}:
+        mine = [i for i, leaf in enumerate(leaves) if leaf.node.source == number]
+        order = _row_order(leaves[mine[0]], measure, seed)
+        parts = [leaves[i].part or (0, len(order)) for i in mine]
+        dealt = mixture.Wheel([Fraction(stop - start) for start, stop in parts], seed=0).leaves(0, len(order))
+        for style, i in enumerate(mine):
+            out[i] = order[dealt == style]
+    return out
 
 
 def _row_order(leaf: OpenLeaf, measure: Callable[[OpenLeaf], lengths.RowTable], seed: int) -> np.ndarray:

@@ -51,26 +51,11 @@ def open_stream(
     opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
     root, evaluated = training_tree(config)
     opened, root, skipped = opening.opener.find(root)
-    excluded = opening.hashes(evaluated) if evaluated is not None else None
+    excluded, unseen = opening.hashes(evaluated) if evaluated is not None else (None, ())
     leaves = opening.opener.open(root, opened, fraction=config.data.eval_fraction, excluded=excluded)
     exact = sum(leaf.pool for leaf in leaves) <= measuring.EXACT_ROWS
     rows = opening.rows(leaves, exact)
-    tokens = None
-    if counts_tokens(root):
-        tables = opening.measure(leaves, [Wanted(r) for r in rows])
-        tokens = {leaf.node.name: table.mean_tokens() for leaf, table in zip(leaves, tables, strict=True)}
-    sizes = Sizes({leaf.node.name: leaf.node.config.examples or leaf.pool for leaf in leaves}, tokens)
-    phases = phase_shares(config, root, sizes)
-    orders = row_orders(leaves, opening.measure_one, config.seed)
-    draws = mixture.Mixture(
-        [
-            mixture.Leaf(leaf.size, float(leaf.node.config.epochs), leaf.held_out, leaf.node.source, leaf.part, order)
-            for leaf, order in zip(leaves, orders, strict=True)
-        ],
-        [shares for _, shares in phases],
-        seed=config.seed,
-    )
-    draws = draws.ending(known_ends(config, ()))
+    phases, draws = _mixture(config, root, leaves, opening, rows)
     in_epoch = epoch_draws(config, draws)
     endless = config.train.steps is not None or not exact
     total = None if endless else max(1, round(in_epoch * config.train.epochs))
@@ -88,7 +73,14 @@ def open_stream(
     )
     stream = _stream(config, maker, counted, leaves, exact, lanes=config.data.lanes, output_dir=output_dir)
     plan = _plan(config, root, phases, stream, counted, skipped)
-    warnings = [*stream.warnings, *_template_warnings(config, leaves), *_skipped_warning(skipped)]
+    warnings = [
+        *stream.warnings,
+        *_template_warnings(config, leaves),
+        *_skipped_warning(skipped),
+        *_unseen_warning(unseen),
+        *_size_warnings(leaves),
+        *_undrawn_warning(plan),
+    ]
     return dataclasses.replace(
         stream,
         warnings=tuple(warnings),
@@ -130,7 +122,7 @@ def open_eval_stream(
                     f"{leaf.where}.{key}: found {value}; evaluation reads every row once, so remove it (it is for "
                     "data.train)"
                 )
-    opened, root, _ = opening.opener.find(root)
+    opened, root, skipped = opening.opener.find(root)
     leaves = opening.opener.open(root, opened, fraction=fraction)
     rows = [leaf.held_rows(config.seed) if fraction else np.arange(leaf.size) for leaf in leaves]
     counted = opening.count(leaves, [Wanted(r) for r in rows], rows, True, evaluation=True)
@@ -144,7 +136,36 @@ def open_eval_stream(
         rows=kind,
         seed=config.seed,
     )
-    return _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir)
+    stream = _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir)
+    return dataclasses.replace(stream, warnings=(*stream.warnings, *_unseen_warning(skipped)))
+
+
+def _mixture(
+    config: Config, root: tree.Node, leaves: Sequence[OpenLeaf], opening: Opening, rows: Sequence[np.ndarray]
+) -> tuple[list[tuple[str, list[Fraction]]], mixture.Mixture]:
+    """The shares of each phase, and the draws that they make."""
+    tokens = None
+    if counts_tokens(root):
+        tables = opening.measure(leaves, [Wanted(r) for r in rows])
+        tokens = {leaf.node.name: table.mean_tokens() for leaf, table in zip(leaves, tables, strict=True)}
+    pools = {leaf.node.name: leaf.pool for leaf in leaves}
+    given = {leaf.node.name: leaf.node.config.examples or leaf.pool for leaf in leaves}
+    phases = phase_shares(config, root, Sizes(given, tokens, pools))
+    orders = row_orders(leaves, opening.measure_one, config.seed)
+    drawn = [
+        mixture.Leaf(
+            size=leaf.size,
+            epochs=float(leaf.node.config.epochs),
+            held_out=leaf.held_out,
+            source=leaf.node.source,
+            held_key=leaf.held_key,
+            part=leaf.part if order is None else None,
+            order=order,
+        )
+        for leaf, order in zip(leaves, orders, strict=True)
+    ]
+    draws = mixture.Mixture(drawn, [shares for _, shares in phases], seed=config.seed)
+    return phases, draws.ending(known_ends(config, ()))
 
 
 def _stream(
@@ -249,6 +270,39 @@ def _skipped_warning(skipped: Sequence[str]) -> list[str]:
         return []
     named = ", ".join(skipped[:10]) + (f" and {len(skipped) - 10:,} more" if len(skipped) > 10 else "")
     return [f"{len(skipped):,} sources are not there and are left out, the others' shares scaled up: {named}"]
+
+
+def _unseen_warning(skipped: Sequence[str]) -> list[str]:
+    if not skipped:
+        return []
+    return [
+        f"{len(skipped):,} sources of the evaluation are not there, so nothing of them is evaluated or kept out of "
+        f"training: {', '.join(skipped[:10])}"
+    ]
+
+
+def _size_warnings(leaves: Sequence[OpenLeaf]) -> list[str]:
+    """A sentence where sources have another number of rows than the configuration says."""
+    other = [
+        (leaf.node.name, leaf.node.config.examples, leaf.size)
+        for leaf in leaves
+        if leaf.node.config.examples and abs(leaf.node.config.examples - leaf.size) > 0.01 * leaf.size
+    ]
+    if not other:
+        return []
+    name, said, found = other[0]
+    return [
+        f"{len(other):,} sources have another number of rows than their `examples` says, e.g. {name} {found:,} rather "
+        f"than {said:,}; rates by size go by the number given"
+    ]
+
+
+def _undrawn_warning(plan: MixturePlan) -> list[str]:
+    names = [leaf.name for leaf in plan.leaves if leaf.draws == 0]
+    if not names:
+        return []
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return [f"{len(names):,} sources get no draw in this run: {', '.join(names[:10])}{more}"]
 
 
 def _template_warnings(config: Config, leaves: Sequence[OpenLeaf]) -> list[str]:

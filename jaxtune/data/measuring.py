@@ -70,12 +70,13 @@ class Opening:
         total = sum(leaf.pool for leaf in leaves)
         return [leaf.rows(self.config.seed, max(_MIN_SAMPLE, SAMPLE_ROWS * leaf.pool // total)) for leaf in leaves]
 
-    def hashes(self, root: tree.Node) -> np.ndarray:
-        """Content hashes of every row of the held-out clusters, uint64 ascending."""
-        opened, root, _ = self.opener.find(root)
+    def hashes(self, root: tree.Node) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Content hashes of every row of the held-out clusters, uint64 ascending; and the names of those not there."""
+        opened, root, skipped = self.opener.find(root)
         leaves = self.opener.open(root, opened, fraction=0.0)
         keys = lengths.reader_keys([leaf.reader for leaf in leaves])
-        return lengths.cached_hashes([leaf.reader for leaf in leaves], keys, self.cache_dir or hub.cache_dir())
+        found = lengths.cached_hashes([leaf.reader for leaf in leaves], keys, self.cache_dir or hub.cache_dir())
+        return found, skipped
 
     def count(
         self,
@@ -132,5 +133,9 @@ def rows_to_measure(
             out.append(Wanted(mine))
             continue
         at = np.flatnonzero(every.source == i)
-        out.append(lengths.pairs(every.row[at], every.epoch[at]))
+        if len(at):
+            out.append(lengths.pairs(every.row[at], every.epoch[at]))
+        else:  # never drawn in this run: a few rows, so that it is known to be of use
+            few = mine[:_MIN_SAMPLE]
+            out.append(lengths.pairs(few, np.zeros_like(few)))
     return out

@@ -154,10 +154,11 @@ class Stream:
                 if self._phase_is_over(batch, tokens, len(ends)):
                     # A window is begun once a row of it is taken; the first that no lane has begun opens the phase.
                     begun = max(window + (row > 0) for window, row in cursors.values())
-                    first = max(n for [n] in exchange([begun]))
-                    ends = self._ends_after(ends, self.maker.first_draw(first))
-                    windows = self._windows(lanes, cursors, ends)
-                    waiting = {lane: collections.deque() for lane in cursors}
+                    first = self.maker.first_draw(max(n for [n] in exchange([begun])))
+                    if not ends or first >= ends[-1]:  # else the phase before it, which ends at a draw, goes on
+                        ends = self._ends_after(ends, first)
+                        windows = self._windows(lanes, cursors, ends)
+                        waiting = {lane: collections.deque() for lane in cursors}
                 after |= {"tokens": tokens, "phases": list(ends)}
             after["lanes"] = [list(cursors[lane]) if lane in cursors else None for lane in range(lanes)]
             yield made, after

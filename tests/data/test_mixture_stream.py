@@ -322,3 +322,88 @@ def test_windows_cover_the_draws_one_after_another(draws, size, epochs, part):
     assert all(0 < last - first <= size for first, last in spans)
     sizes = [last - first for first, last in spans[:8]]
     assert sizes == [size // 4] * 8 if draws >= 64 * size and size >= 4 else sizes[0] == min(size, draws)
+
+
+# What a reviewer found.
+
+WORDINGS = (
+    {"name": "what", "task": "*", "kind": "zero-shot", "input": "What is {prompt}", "target": "{completion}"},
+    {"name": "say", "task": "*", "kind": "zero-shot", "input": "Say {prompt}", "target": "{completion}"},
+)
+
+
+def test_a_source_that_gets_no_draw_is_a_warning(open_, write_rows):
+    sources = [
+        {"path": write_rows("a.jsonl", pairs(40)), "weight": 1.0},
+        {"path": write_rows("b.jsonl", pairs(40, start=50)), "weight": 1e-6, "templates": WORDINGS},
+    ]
+    stream = open_(make_config(*sources, window=8))
+    assert any("1 sources get no draw in this run: b" in warning for warning in stream.warnings)
+    assert {e[0] for e in examples_of(list(stream.batches(stream.initial_state())))} == {0}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_leaves_of_one_file_hold_out_the_same_rows(open_, write_rows, twice):
+    path = write_rows("a.jsonl", pairs(40))
+    sources = [{"path": path, "templates": WORDINGS, "each_template": True}]
+    sources = [{"path": path}, {"path": path, "id": "again"}] if twice else sources
+    config = make_config(*sources, eval_fraction=0.1, window=8)
+    trained, held = (
+        {row for _, row, _ in examples_of(list(stream.batches(stream.initial_state())))}
+        for stream in (open_(config), open_(config, eval=True))
+    )
+    assert len(held) == 4 and len(trained) == 36 and not trained & held
+
+
+def test_keys_that_contradict_one_another_are_refused():
+    with pytest.raises(ValueError, match=r"data\.stop: found all_exhausted beside data\.phases"):
+        make_config("a.jsonl", stop="all_exhausted", phases=({"until": {"draws": 5}}, {}))
+    with pytest.raises(ValueError, match=r"data\.eval_fraction: found beside data\.hold_out\.clusters"):
+        make_config("a.jsonl", eval_fraction=0.1, hold_out={"clusters": ("c",)})
+
+
+def test_a_phase_of_steps_waits_for_the_phase_of_draws_before_it(open_, write_rows):
+    sources = [
+        {"id": "a", "path": write_rows("a.jsonl", pairs(90)), "weight": 1.0},
+        {"id": "b", "path": write_rows("b.jsonl", pairs(80, start=500)), "weight": 1.0},
+    ]
+    phases = ({"until": {"draws": 64}, "weights": {"a": 1}}, {"until": {"steps": 2}, "weights": {"b": 1}}, {})
+    stream = open_(make_config(*sources, train={"steps": 40}, window=8, lanes=2, phases=phases))
+    batches = take(stream, 25)
+    ends = [state["phases"] for _, state in batches]
+    assert ends[2] == [64] and ends[-1][0] == 64 and ends[-1] == sorted(ends[-1]) and len(ends[-1]) == 2
+    assert set(collections.Counter(examples_of(batches)).values()) == {1}
+
+
+@pytest.mark.parametrize("order", ["length", "-length", "file"])
+def test_ordered_styles_share_the_rows_evenly(open_, write_rows, order):
+    rows = [{"question": "well " * (i % 37) + f"{i}", "answer": str(i)} for i in range(400)]
+    template = {"task": "*", "kind": "zero-shot", "input": "{question}", "target": "{answer}"}
+    source = {"path": write_rows("a.jsonl", rows), "templates": (template,), "order": order}
+    source |= {"styles": {"zero_shot": 1, "few_shot": 3}, "shots": 1}
+    stream = open_(make_config(source, window=32), max_length=512)
+    draws = stream.maker.draws.block(0, 400)
+    assert sorted(draws.row.tolist()) == list(range(400))
+    assert np.bincount(draws.source).tolist() == [100, 300]
+    lengths = np.array([len(row["question"]) for row in rows])[draws.row]
+    assert abs(lengths[draws.source == 0].mean() - lengths[draws.source == 1].mean()) < 3
+
+
+def test_rows_decide_epochs_whatever_examples_says(open_, write_rows):
+    sources = [
+        {"path": write_rows("a.jsonl", pairs(40)), "examples": 4000},
+        {"path": write_rows("b.jsonl", pairs(40, start=500))},
+    ]
+    stream = open_(make_config(*sources, window=8))
+    seen = collections.Counter(examples_of(list(stream.batches(stream.initial_state()))))
+    assert len(seen) == 80 and set(seen.values()) == {1}
+    assert any("e.g. a 40 rather than 4,000" in warning for warning in stream.warnings)
+
+
+def test_what_of_the_evaluation_is_not_there_is_told(open_, write_rows, tmp_path):
+    train = {"path": write_rows("a.jsonl", pairs(40))}
+    held = [{"path": write_rows("b.jsonl", pairs(9, start=90)), "cluster": "c"}, {"path": "gone.jsonl", "cluster": "c"}]
+    config = make_config(train, *held, hold_out={"clusters": ("c",)}, missing="skip")
+    for stream in (open_(config), open_(config, eval=True)):
+        told = [warning for warning in stream.warnings if "sources of the evaluation are not there" in warning]
+        assert len(told) == 1 and told[0].endswith("gone")

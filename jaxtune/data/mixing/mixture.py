@@ -32,7 +32,7 @@ class Draws(NamedTuple):
 class Leaf:
     """A source as the mixture sees it.
 
-    Of all `size` rows the last `held_out` in the order of the hold-out key are never drawn. `source` keys the
+    Of all `size` rows the first `held_out` in the order of `held_key` are never drawn. `source` keys the
     permutations: leaves that are styles of one source share it, and each has its `part` (first, last exclusive) of
     every epoch's order, the whole by default. `epochs` is how often its rows are seen in one pass of the plan. `order`,
     int64, lists the rows to draw in place of a shuffle.
@@ -42,6 +42,7 @@ class Leaf:
     epochs: float = 1.0
     held_out: int = 0
     source: int = 0
+    held_key: int = 0
     part: tuple[int, int] | None = None
     order: np.ndarray | None = None
 
@@ -114,6 +115,7 @@ class Mixture:
         self._starts = np.array([leaf.part[0] if leaf.part else 0 for leaf in leaves], np.int64)
         self._held = np.array([leaf.held_out for leaf in leaves], np.int64)
         self._keys = np.array([leaf.source for leaf in leaves], np.int64)
+        self._held_keys = np.array([leaf.held_key for leaf in leaves], np.int64)
         self._ordered = [i for i, leaf in enumerate(leaves) if leaf.order is not None]
 
     def ending(self, ends: Sequence[int]) -> "Mixture":
@@ -174,7 +176,7 @@ class Mixture:
         held = self._held[leaf]
         if not held.any():
             return row
-        keys = hold_out_keys(self.seed, self._keys[leaf])
+        keys = hold_out_keys(self.seed, self._held_keys[leaf])
         return np.where(held > 0, permute(row + held, self._sizes[leaf], keys), row)
 
     def first_seen_whole(self, leaf: int) -> int:

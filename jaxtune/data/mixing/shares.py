@@ -24,18 +24,34 @@ _ROUNDING = 1e-12
 
 
 class Sizes:
-    """What is known of the leaves: `examples` each, and `tokens` that one draw brings on average, where asked."""
+    """What is known of the leaves: `examples` each, and `tokens` that one draw brings on average, where asked.
 
-    def __init__(self, examples: Mapping[str, int], tokens: Mapping[str, float] | None = None) -> None:
-        self.examples, self.tokens = examples, tokens
+    `rows` are those that are there, where they have been counted: what is seen so many times is they, whatever number
+    of examples a configuration gives for rates.
+    """
+
+    def __init__(
+        self,
+        examples: Mapping[str, int],
+        tokens: Mapping[str, float] | None = None,
+        rows: Mapping[str, int] | None = None,
+    ) -> None:
+        self.examples, self.tokens, self.rows = examples, tokens, examples if rows is None else rows
 
     def of(self, node: Node) -> Fraction:
         """Examples of a node: the sum of its members', but a source's once however many styles it has."""
+        return self._sum(node, self.examples)
+
+    def rows_of(self, node: Node) -> Fraction:
+        """Rows of a node, in the same way."""
+        return self._sum(node, self.rows)
+
+    def _sum(self, node: Node, counts: Mapping[str, int]) -> Fraction:
         if not node.members:
-            return Fraction(self.examples[node.name])
+            return Fraction(counts[node.name])
         if node.same_rows:
-            return self.of(node.members[0])
-        return sum((self.of(member) for member in node.members), Fraction(0))
+            return self._sum(node.members[0], counts)
+        return sum((self._sum(member, counts) for member in node.members), Fraction(0))
 
     def tokens_of(self, leaf: Node) -> Fraction:
         """Tokens of an average draw of a leaf."""
@@ -71,7 +87,7 @@ def _shares(
     if not node.members:
         return {node.name: Fraction(1)}
     if node.same_rows and by_rows:
-        rates = [Fraction(stop - start) for start, stop in style_parts(node, sizes.examples[node.members[0].name])]
+        rates = [Fraction(stop - start) for start, stop in style_parts(node, sizes.rows[node.members[0].name])]
     else:
         rates = member_rates(node, sizes) if weights is None else _phase_rates(node, weights)
     by_rows = by_rows and weights is None and rates_kind(node) == "epochs"
@@ -137,7 +153,7 @@ def rates_kind(node: Node) -> str:
 def _shown(node: Node, sizes: Sizes) -> Fraction:
     """Rows x epochs of everything under a node."""
     if not node.members or node.same_rows:
-        return Fraction(max(1, round(_amount(node, node.mixing, sizes) * node.epochs)))
+        return Fraction(max(1, round(sizes.rows_of(node) * node.epochs)))
     return sum((_shown(member, sizes) for member in node.members), Fraction(0)) * node.epochs
 
 
