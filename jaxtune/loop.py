@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,7 +63,14 @@ class Loop:
     base_fingerprint: str
 
     def run(
-        self, state: TrainState, frozen: Any, data_state: dict, *, start: int, best: float | None
+        self,
+        state: TrainState,
+        frozen: Any,
+        data_state: dict,
+        *,
+        start: int,
+        best: float | None,
+        seen: Sequence[int] | None = None,
     ) -> tuple[TrainState, Outcome]:
         """Does updates `start` + 1 to `steps`, or fewer when a signal comes.
 
@@ -73,6 +80,7 @@ class Loop:
         Args:
             data_state: the stream's state after update `start`.
             best: lowest held-out loss of a saved checkpoint.
+            seen: examples of each source in the updates before; None at the beginning.
 
         Raises:
             ValueError: too many updates in a row had a NaN or infinity; names the examples of the last one's batch.
@@ -80,6 +88,7 @@ class Loop:
         self._schedule = make_schedule(self.config, self.steps)
         self._meter, self._skipped, self._best = Meter(), 0, best
         self._sources = SourceLosses(self.stream.source_names, self.stream.source_tags)
+        self._seen = [0] * len(self.stream.source_names) if seen is None else list(seen)
         self._eval_loss: float | None = None
         self._needs = self.train_step.memory_analysis()
         self._evaluated = -1  # the update after which that loss was
@@ -102,6 +111,9 @@ class Loop:
                     if done is not None:
                         loss = self._watch(done, bar)
                 done = Done(step, batch, metrics)
+                for row in batch.examples:
+                    for example in row:
+                        self._seen[example.source] += 1
                 real = int((batch.arrays.segment_ids > 0).sum())
                 trained = int((batch.arrays.loss_weights > 0).sum())
                 tokens += real
@@ -164,6 +176,7 @@ class Loop:
         rates = self._meter.rates(flops_per_token=self.flops_per_token, peak_flops=peak)
         learning_rate = float(self._schedule(step - 1))
         sources, tags = self._sources.take()
+        self._tell_realised(sources)
         self.log.write(
             step,
             loss=metrics.loss,
@@ -180,6 +193,15 @@ class Loop:
         rate = rates["tokens_per_second"] or 0.0
         bar.show(step, loss=metrics.loss, learning_rate=learning_rate, tokens_per_second=rate)
         self._meter.reset()
+
+    def _tell_realised(self, sources: dict[str, Any] | None) -> None:
+        """Adds what has come of the plan so far: each source's share of all examples, and its epochs."""
+        if sources is None or self.stream.plan is None:
+            return
+        total = max(1, sum(self._seen))
+        for leaf, seen in zip(self.stream.plan.leaves, self._seen, strict=True):
+            if leaf.name in sources:
+                sources[leaf.name] |= {"share": seen / total, "epochs": seen / max(1, leaf.examples)}
 
     def _names(self, batch: HostBatch) -> str:
         """Returns file and line of the examples in a batch, 20 of them at most."""
@@ -230,6 +252,7 @@ class Loop:
             "base": self.base_fingerprint,
             "data": data_state,
             "stream": dict(self.stream.identity),
+            "seen": list(self._seen),
             "eval_loss": own if own is not None and math.isfinite(own) else None,
             "config": self.config.model_dump(mode="json"),
         }

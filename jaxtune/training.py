@@ -216,7 +216,8 @@ def _train(
     )
     data_state = saved["data"] if saved else stream.initial_state()
     with contextlib.closing(log):
-        return loop.run(state, frozen, data_state, start=start, best=_best_loss(checkpoints))
+        seen = saved["seen"] if saved else None
+        return loop.run(state, frozen, data_state, start=start, best=_best_loss(checkpoints), seen=seen)
 
 
 def _rows_key(config: Config) -> str:

@@ -92,6 +92,15 @@ def test_losses_are_told_by_source_and_by_tag(mixed):
     assert updates[-1]["sources"]["colours"]["loss"] < updates[0]["sources"]["colours"]["loss"]
 
 
+def test_what_comes_of_the_plan_is_told_on_the_way(mixed):
+    last = [record for record in mixed[0] if "loss" in record][-1]["sources"]
+    assert last["colours"]["share"] == pytest.approx(0.75, abs=0.08)
+    assert sum(one["share"] for one in last.values()) == pytest.approx(1)
+    assert (
+        last["colours"]["epochs"] == pytest.approx(3 * last["sums"]["epochs"], rel=0.4) and last["sums"]["epochs"] > 0
+    )
+
+
 def test_the_held_out_cluster_is_evaluated_by_source(mixed):
     evaluated = [record for record in mixed[0] if "eval_loss" in record]
     assert [record["step"] for record in evaluated] == [4, 8]
@@ -118,6 +127,10 @@ def test_a_run_stopped_within_its_phases_goes_on_as_if_never_stopped(base, rows,
             assert train(config(base, rows, output, phases=PHASES)).exit_code == 143
         assert train(config(base, rows, output, phases=PHASES)).exit_code == 0
         assert tiny_runs.losses(output) == tiny_runs.losses(tmp_path / "whole")
+        ends = [
+            [r for r in tiny_runs.records(o) if "sources" in r][-1]["sources"] for o in (output, tmp_path / "whole")
+        ]
+        assert ends[0] == ends[1], "also what it has seen of each source"
         tiny_runs.assert_same_bits(tiny_runs.weights(output), tiny_runs.weights(tmp_path / "whole"))
     told = [record for record in tiny_runs.records(tmp_path / "whole") if "phase" in record]
     assert [(record["phase"], record["step"]) for record in told] == [(1, 3)] and told[0]["phase_first_draw"] % 8 == 0
