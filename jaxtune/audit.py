@@ -4,7 +4,8 @@
     python -m jaxtune.audit configs/flan2022.yaml --mixture-only --json plan.json
 
 CONFIG and `key=value` words are those of `jaxtune.train`. Sources whose `examples` are given are not read; others are
-counted. `--json FILE` writes the plan as JSON, `-` to the terminal alone.
+counted. With data.missing=skip files that are not on this machine are left out of the plan. `--json FILE` writes the
+plan as JSON, `-` to the terminal alone.
 """
 
 import argparse
@@ -35,7 +36,12 @@ def main(words: Sequence[str]) -> int:
             return 0
         print(plan.table())
         if plan.skipped:
-            print(f"{len(plan.skipped):,} sources are not there and are left out: {', '.join(plan.skipped[:10])} ...")
+            more = ", ..." if len(plan.skipped) > 10 else ""
+            print(f"{len(plan.skipped):,} sources are not there and are left out: {', '.join(plan.skipped[:10])}{more}")
+        if plan.believed:
+            skips = config.data.missing == "skip"
+            hint = "they are hub ids or URLs" if skips else "data.missing=skip looks for local files"
+            print(f"{plan.believed:,} sources have their sizes from `examples` and were not looked for ({hint})")
         if flags.json:
             with open(flags.json, "w", encoding="utf-8") as file:
                 file.write(told + "\n")

@@ -4,6 +4,7 @@ Only pydantic is imported, so that a command can check its configuration in a fr
 How YAML text and `key=value` words become a `Config` stands in `decode.py`.
 """
 
+from collections.abc import Set
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -409,12 +410,10 @@ def _weight_problems(sources: tuple[SourceConfig, ...], key: str, mixing: Mixing
     return []
 
 
-_FOR_TRAINING = ("weight", "cap", "epochs", "order", "mixing", "examples", "cluster")
+_FOR_TRAINING = ("weight", "cap", "epochs", "order", "mixing", "cluster")
 
 
-def _unread_by_evaluation(
-    sources: tuple[SourceConfig, ...], key: str, outer: dict[str, float] | None = None
-) -> list[str]:
+def _unread_by_evaluation(sources: tuple[SourceConfig, ...], key: str, outer: Set[str] = frozenset()) -> list[str]:
     """Keys of data.eval's sources that say how often or in which order rows are drawn; `outer`: a group's styles."""
     out = []
     reads_once = "evaluation reads every row once, so remove it (it is for data.train)"
@@ -425,16 +424,15 @@ def _unread_by_evaluation(
             if value != SourceConfig.model_fields[name].default:
                 told = value.model_dump(exclude_defaults=True) if isinstance(value, MixingConfig) else value
                 out.append(f"{here}.{name}: found {told}; {reads_once}")
-        for name in ("examples", "weight"):
-            if source.table is not None and (column := getattr(source.table, name)) is not None:
-                out.append(f"{here}.table.{name}: found {column}; {reads_once}")
+        if source.table is not None and source.table.weight is not None:
+            out.append(f"{here}.table.weight: found {source.table.weight}; {reads_once}")
         if len(set(source.styles.values())) > 1:
-            shares: dict[str, float] = {style: 1 for style in source.styles}
+            shares = dict.fromkeys(source.styles, 1)
             out.append(
                 f"{here}.styles: found {source.styles}; evaluation reads every row in each style, whatever their "
                 f"shares, so give equal ones, e.g. {shares}"
             )
-        styles = {**source.styles} if "styles" in source.model_fields_set else outer or {}
+        styles = source.styles.keys() if "styles" in source.model_fields_set else outer
         if not any("few_shot" in style for style in _styles_below(source, styles)):
             for name in ("shots", "shot_tokens"):
                 value = getattr(source, name)
@@ -444,14 +442,14 @@ def _unread_by_evaluation(
     return out
 
 
-def _styles_below(source: SourceConfig, styles: dict[str, float]) -> set[str]:
+def _styles_below(source: SourceConfig, styles: Set[str]) -> set[str]:
     """The styles of a source, or of a group's members, which have the group's where they name none."""
     if not source.sources:
         return set(styles)
     return {
         style
         for member in source.sources
-        for style in _styles_below(member, {**member.styles} if "styles" in member.model_fields_set else styles)
+        for style in _styles_below(member, member.styles.keys() if "styles" in member.model_fields_set else styles)
     }
 
 

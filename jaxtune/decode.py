@@ -113,8 +113,13 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Returns the configuration as YAML that `decode` reads back to an equal one."""
+    """Returns the configuration as YAML that `decode` reads back to an equal one.
+
+    Sources have the keys that were given and no others, for a key that stands there is not taken from the group.
+    """
     tree = config.model_dump(mode="json")
+    for key, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        tree["data"][key] = [source.model_dump(mode="json", exclude_unset=True) for source in sources]
     return yaml.dump(tree, Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

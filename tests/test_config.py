@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -197,6 +198,53 @@ def test_an_unknown_key_is_answered_in_a_second_and_without_jax():
         if seconds[-1] < 1:
             break
     assert min(seconds) < 1, seconds
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"weight": 2.0}, "weight: found 2.0; evaluation reads every row once, so remove it (it is for data.train)"),
+        ({"epochs": 3.0}, "epochs: found 3.0; evaluation reads every row once"),
+        ({"cap": 10.0}, "cap: found 10.0; evaluation reads every row once"),
+        ({"order": "length"}, "order: found length; evaluation reads every row once"),
+        ({"cluster": "songs"}, "cluster: found songs; evaluation reads every row once"),
+        ({"shots": 3}, "shots: found 3; no few-shot style here reads it"),
+        ({"shot_tokens": 30, "styles": {"cot": 1}}, "shot_tokens: found 30; no few-shot style here reads it"),
+        ({"styles": {"zero_shot": 1, "few_shot": 3}}, "reads every row in each style, whatever their shares"),
+        ({"table": {"path": "t.csv", "id": "{t}", "weight": "w"}}, "table.weight: found w; evaluation reads every row"),
+        ({"table": {"path": "t.csv", "id": "{t}"}, "mixing": {"rates": "equal"}}, "mixing: found {'rates': 'equal'};"),
+    ],
+)
+def test_evaluation_refuses_keys_that_it_does_not_read(keys, told):
+    """At any depth; without them the same source is fine."""
+    needed = {"output": "o", "model": {"path": "m"}}
+    train = [{"path": "a.jsonl"}]
+    for sources, where in (
+        ([{"path": "a.jsonl"}, {"path": "b.jsonl", **keys}], "data.eval.1"),
+        ([{"id": "g", "sources": [{"path": "b.jsonl", **keys}]}], "data.eval.0.sources.0"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(told)) as refused:
+            from_tree({**needed, "data": {"train": train, "eval": sources}})
+        assert all(line.startswith(f"{where}.") for line in str(refused.value).splitlines())
+    group = {"id": "g", "mixing": {"rates": "equal"}, "sources": [{"path": "b.jsonl"}]}
+    with pytest.raises(ConfigError, match=r"data\.eval\.0\.mixing: found {'rates': 'equal'}; evaluation reads"):
+        from_tree({**needed, "data": {"train": train, "eval": [group]}})
+
+
+def test_evaluation_takes_what_words_its_rows():
+    few = {"styles": {"zero_shot": 1, "few_shot": 1}, "shots": 3, "shot_tokens": 100}
+    inner = [{"path": "a.jsonl", "shots": 2}, {"path": "b.jsonl", "styles": {"zero_shot": 1}}]
+    members = [{"path": "c.jsonl", "examples": 9, "styles": {"few_shot": 2}}]
+    sources = [
+        {"path": "d.jsonl", **few},
+        {"id": "g", **few, "sources": inner},
+        {"id": "h", "shots": 3, "sources": members},
+    ]
+    config = from_tree({"output": "o", "model": {"path": "m"}, "train": {"steps": 0}, "data": {"eval": sources}})
+    assert [source.id for source in config.data.eval] == [None, "g", "h"]
 
 
 # Round trips.

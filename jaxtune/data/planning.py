@@ -1,10 +1,12 @@
 """From a configuration to trees of sources, their phases and their plan, before any text is read."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from jaxtune import hub
 from jaxtune.config import Config
 from jaxtune.data.files import sources
 from jaxtune.data.leaves import held_out
@@ -18,27 +20,49 @@ from jaxtune.data.wording import tasks
 def mixture_plan(config: Config, *, cache_dir: str | None = None) -> MixturePlan:
     """The plan of `config` without its texts: sources are counted only where no `examples` are given.
 
+    Where `data.missing` says to skip, files on this machine are looked for, unread, even where `examples` are given;
+    else such sources are believed to be there, and the plan says how many.
+
     Raises ValueError for shares that cannot be met, and for shares of tokens, which need the texts.
     """
     root, _ = training_tree(config)
     if counts_tokens(root):
         raise ValueError("mixing.unit: shares of tokens need the texts; the training command prints this plan")
     examples, missing = {}, {}
+    believed: set[int] = set()
+    skips = config.data.missing == "skip"
     for leaf in root.leaves():
         try:
-            size = leaf.config.examples or len(sources.open_source(leaf.config, cache_dir=cache_dir))
+            if leaf.config.examples is None:
+                size = len(sources.open_source(leaf.config, cache_dir=cache_dir))
+            else:
+                size = leaf.config.examples
+                if not (skips and _looked_for(leaf.config.path)):
+                    believed.add(leaf.source)
             examples[leaf.name] = size - held_out(size, config.data.eval_fraction)
         except sources.MissingSource as problem:
             missing[leaf.name] = str(problem)
-    if missing and config.data.missing == "error":
+    if missing and not skips:
         raise ValueError(
             "\n".join([*missing.values(), "set `examples` for sources that are not here, or data.missing=skip"])
         )
     kept = tree.prune(root, set(missing))
     if kept is None:
-        raise ValueError("data.train: none of the sources is there")
+        raise ValueError(f"data.train: none of the sources is there; the first: {next(iter(missing.values()))}")
     phases = phase_shares(config, kept, Sizes(examples))
-    return make_plan(kept, phases[0][1], examples, phases=phases if len(phases) > 1 else (), skipped=tuple(missing))
+    plan = make_plan(kept, phases[0][1], examples, phases=phases if len(phases) > 1 else (), skipped=tuple(missing))
+    return dataclasses.replace(plan, believed=len(believed))
+
+
+def _looked_for(path: str | None) -> bool:
+    """Whether files on this machine are meant; raises MissingSource where there are none. Nothing is read."""
+    if path is None or hub.is_url(path):
+        return False
+    if not os.path.exists(os.path.expanduser(path)):
+        if hub.is_hub_id(path):
+            return False
+        hub.resolve_files(path)
+    return True
 
 
 def phase_shares(config: Config, root: tree.Node, sizes: Sizes) -> list[tuple[str, list[Fraction]]]:
@@ -73,7 +97,7 @@ def phase_end(until: Any) -> PhaseEnd:
 def training_tree(config: Config) -> tuple[tree.Node, tree.Node | None]:
     """The tree that is trained on, and the held-out clusters of it."""
     root = tree.expand(config, config.data.train, key="data.train", template_names=tasks.template_names)
-    held, related = tree.hold_out(root, config.data.hold_out)
+    held, related = tree.hold_out(root, config.data.hold_out, folder=config.data.root)
     if not held:
         return root, None
     kept = tree.prune(root, held | related)
@@ -92,7 +116,9 @@ def evaluation_tree(config: Config) -> tree.Node | None:
         return root
     # Numbers say which source a leaf reads: those of the second tree go on after the first's.
     first = 1 + max(leaf.source for leaf in root.leaves())
-    return dataclasses.replace(root, members=(*root.members, *(tree.renumbered(m, first) for m in held.members)))
+    both = dataclasses.replace(root, members=(*root.members, *(tree.renumbered(m, first) for m in held.members)))
+    tree.refuse_one_name_twice(both)
+    return both
 
 
 def counts_tokens(node: tree.Node) -> bool:

@@ -296,14 +296,6 @@ def test_held_out_rows_of_no_use_are_a_warning_while_others_are_of_use(open_, wr
             open_(make_config(alone, eval_fraction=0.1), eval=True)
 
 
-@pytest.mark.parametrize(("key", "value"), [("weight", 2.0), ("epochs", 3.0)])
-def test_evaluation_sources_have_no_weight_and_no_epochs(open_, write_rows, key, value):
-    path = write_rows("a.jsonl", pairs(5))
-    config = make_config(path, eval=(SourceConfig(path=path), SourceConfig(**{"path": path, key: value})))
-    with pytest.raises(ValueError, match=rf"data.eval.1.{key}: found {value}; evaluation reads every row once"):
-        open_(config, eval=True)
-
-
 def test_a_glob_is_named_by_its_folder():
     paths = ("builtin:quickstart/train/*.jsonl.gz", "d/valid/part-*.jsonl", "gs://b/c/**/x.jsonl", "*.jsonl")
     names = tree.source_names([SourceConfig(path=path) for path in paths])

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jaxtune import audit
 from jaxtune.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from jaxtune.data import planning
 from jaxtune.data.mixing import mixture, tree
 from jaxtune.data.mixing.shares import Sizes, leaf_shares, style_parts
-from jaxtune.decode import ConfigError, decode, from_tree
+from jaxtune.decode import ConfigError, decode, from_tree, to_yaml
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
@@ -247,6 +248,64 @@ def test_a_group_hands_its_keys_and_tags_down():
     assert (b.config.system, b.tags, b.where) == ("Be long.", ("general",), "data.train.0.sources.1")
 
 
+GROUP = {
+    "id": "g",
+    "shots": 3,
+    "system": "Be brief.",
+    "styles": {"few_shot": 1},
+    "sources": [
+        leaf("a"),
+        leaf("b", shots=5, system=None),
+        {"id": "h", "shots": 4, "sources": [leaf("c"), leaf("d", shots=5)]},
+    ],
+}
+
+
+def test_a_default_that_a_member_writes_down_holds():
+    """Also in a group inside a group: what is written nearest is meant."""
+    config = config_of([GROUP])
+    leaves = list(tree.expand(config, config.data.train, key="data.train", template_names=lambda *given: []).leaves())
+    assert {one.name: one.config.shots for one in leaves} == {"g/a": 3, "g/b": 5, "g/h/c": 4, "g/h/d": 5}
+    assert [one.config.system for one in leaves] == ["Be brief.", None, "Be brief.", "Be brief."]
+
+
+def test_a_configuration_written_back_means_the_same(tmp_path):
+    """The file of a run has no more keys of a source than were given, or its members would take none of a group's."""
+    config = config_of([GROUP], eval=[{"id": "e", "format": "alpaca", "sources": [{"path": "x"}, {"path": "y"}]}])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = decode([str(tmp_path / "config.yaml")])
+    assert again == config
+    for key in ("train", "eval"):
+        trees = [
+            tree.expand(one, getattr(one.data, key), key=f"data.{key}", template_names=lambda *given: [])
+            for one in (config, again)
+        ]
+        assert trees[0] == trees[1]
+    assert "shot_tokens" not in to_yaml(config) and to_yaml(again) == to_yaml(config)
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    table = {"path": str(tmp_path / "tasks.csv"), "id": "{task}"}
+    (tmp_path / "tasks.csv").write_text("task\nx\ny\n")
+    for sources, name in (
+        ([leaf("a/b"), {"id": "a", "sources": [leaf("b")]}], "a/b"),
+        ([leaf("t/y"), {"id": "t", "table": table, "path": "{task}.jsonl"}], "t/y"),
+        ([leaf("a", styles={"zero_shot": 1, "few_shot": 1}), leaf("a/few_shot")], "a/few_shot"),
+        ([leaf("b"), leaf("b"), leaf("b.jsonl#1")], "b.jsonl#1"),
+    ):
+        with pytest.raises(ValueError, match=f"found two sources named '{name}'.*another `id`"):
+            plan_of(sources)
+
+
+def test_a_held_out_source_and_one_of_data_eval_have_names_of_their_own():
+    sources = [leaf("xsum"), leaf("rte")]
+    config = config_of(sources, hold_out={"clusters": ["entailment"]}, eval=[{"path": "rte.jsonl"}])
+    with pytest.raises(ValueError, match=r"data\.train\.1 and data\.eval\.0: found two sources named 'rte'"):
+        planning.evaluation_tree(config)
+    config = config_of(sources, hold_out={"clusters": ["entailment"]}, eval=[{"path": "rte.jsonl", "id": "rte_test"}])
+    assert [one.name for one in planning.evaluation_tree(config).leaves()] == ["rte_test", "rte"]
+
+
 def test_styles_are_leaves_that_share_the_rows():
     shares = plan_of([leaf("a", 10, styles={"zero_shot": 1, "few_shot": 3}), leaf("b", 10)])
     assert list(shares.items()) == [
@@ -303,6 +362,11 @@ def test_a_table_s_weights_are_numbers_above_0(tmp_path, value):
     [
         ({"where": {"sort": "math"}}, "no column 'sort'.*found task, kind, n"),
         ({"where": {"kind": "song"}}, "no row of .* has {'kind': 'song'}"),
+        (
+            {"where": {"kind": {"is": "math"}}},
+            r"0\.table\.where\.kind: found {'is': 'math'}; expected a value, or a list",
+        ),
+        ({"where": {"kind": [["math"]]}}, r"0\.table\.where\.kind: found .*; expected a value, or a list"),
         ({"examples": "rows"}, "no column 'rows'"),
         ({"id": "{name}"}, "{name} is no column"),
         ({"path": "nowhere.csv"}, "data.train.0.table.path: nowhere.csv"),
@@ -318,6 +382,46 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path, change, told):
 def test_root_is_needed_where_it_is_named():
     with pytest.raises(ValueError, match=r"data\.root is not set"):
         plan_of([{"path": "{root}/a.jsonl"}])
+    with pytest.raises(ValueError, match=r"data\.train\.0\.sources\.1\.path: found .*data\.root is not set"):
+        plan_of([{"id": "g", "sources": [leaf("a"), {"path": "{root}/a.jsonl"}]}])
+    with pytest.raises(ValueError, match=r"data\.train\.0\.table\.path: found .*data\.root is not set"):
+        plan_of([{"path": "{t}", "table": {"path": "{root}/tasks.csv", "id": "{t}"}}])
+    with pytest.raises(ValueError, match=r"templates\.0\.promptsource: found .*data\.root is not set"):
+        plan_of([leaf("a", templates=[{"promptsource": "{root}/p.yaml"}])])
+    with pytest.raises(ValueError, match=r"data\.hold_out\.table: found .*data\.root is not set"):
+        planning.training_tree(config_of([leaf("a")], hold_out={"clusters": ["x"], "table": "{root}/clusters.json"}))
+
+
+def test_root_is_filled_in_wherever_a_path_may_stand(tmp_path):
+    (tmp_path / "clusters.json").write_text('{"songs": ["a"]}')
+    inline = [{"promptsource": "{root}/p.yaml", "skip": ["x"]}, {"input": "From {root}: {q}", "target": "{a}"}]
+    config = config_of(
+        [leaf("a", templates=inline), leaf("b")],
+        root=f"{tmp_path}/",
+        hold_out={"clusters": ["songs"], "table": "{root}/clusters.json"},
+    )
+    kept, held = planning.training_tree(config)
+    assert [one.name for one in kept.leaves()] == ["b"]
+    (one,) = held.leaves()
+    assert one.config.templates == (
+        {"promptsource": f"{tmp_path}/p.yaml", "skip": ("x",)},
+        {"input": f"From {tmp_path}: {{q}}", "target": "{a}"},
+    )
+    named = config_of([leaf("a", templates=inline[1:])])  # without data.root, {root} in a wording is a column
+    root = tree.expand(named, named.data.train, key="data.train", template_names=lambda *given: [])
+    assert next(root.leaves()).config.templates == tuple(inline[1:])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [(None, "no such file"), ("{", "is not JSON"), ('["a"]', "holds something else"), ('{"a": "b"}', "something else")],
+)
+def test_a_table_of_clusters_that_cannot_be_read_is_told_with_its_key(tmp_path, text, told):
+    if text is not None:
+        (tmp_path / "clusters.json").write_text(text)
+    config = config_of([leaf("a")], hold_out={"clusters": ["x"], "table": str(tmp_path / "clusters.json")})
+    with pytest.raises(ValueError, match=rf"data\.hold_out\.table: .*clusters\.json.*{told}"):
+        planning.training_tree(config)
 
 
 @pytest.mark.parametrize(
@@ -414,3 +518,25 @@ def test_the_plan_counts_what_is_there_and_names_what_is_not(tmp_path):
     plan = planning.mixture_plan(config_of(sources, missing="skip"), cache_dir=str(tmp_path / "cache"))
     assert [(one.name, one.examples, one.rate) for one in plan.leaves] == [("a", 7, 1)]
     assert plan.skipped == ("b", "c")
+
+
+def test_a_plan_that_skips_looks_for_files_whose_sizes_are_given(tmp_path, capsys):
+    """Their rows are not read: this one's cannot be."""
+    (tmp_path / "a.jsonl").write_text("no JSON")
+    given = [f"data.train.{i}.examples=10" for i in range(3)]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "owner/name"]
+    words = ["output=o", "model.path=m", *given, *(f"data.train.{i}.path={path}" for i, path in enumerate(paths))]
+    plan = planning.mixture_plan(decode([*words, "data.missing=skip"]))
+    assert ([one.name for one in plan.leaves], plan.skipped, plan.believed) == (["a", "name"], ("b",), 1)
+    plan = planning.mixture_plan(decode(words))
+    assert (len(plan.leaves), plan.skipped, plan.believed) == (3, (), 3)
+    assert audit.main([*words, "data.missing=skip", "--mixture-only"]) == 0
+    told = capsys.readouterr().out
+    assert "1 sources are not there and are left out: b\n" in told
+    assert "1 sources have their sizes from `examples` and were not looked for (they are hub ids or URLs)" in told
+    assert audit.main([*words, "--mixture-only"]) == 0
+    assert "3 sources have their sizes from `examples` and were not looked for" in capsys.readouterr().out
+    gone = [word for word in words if not word.startswith(("data.train.0", "data.train.2"))]
+    gone = [word.replace("train.1", "train.0") for word in gone]
+    assert audit.main([*gone, "data.missing=skip", "--mixture-only"]) == 1
+    assert "none of the sources is there; the first" in capsys.readouterr().err

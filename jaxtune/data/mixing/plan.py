@@ -39,7 +39,8 @@ class PlannedLeaf:
 class MixturePlan:
     """The mixture of a run; with phases, `leaves` is the first and `phases` has each phase's shares.
 
-    `draws`: of the whole run, an estimate when `estimated`. `skipped`: sources left out because they are not there.
+    `draws`: of the whole run, an estimate when `estimated`. `skipped`: sources left out because they are not there;
+    `believed`: how many have only their `examples`' word for it that they are there.
     """
 
     leaves: tuple[PlannedLeaf, ...]
@@ -47,6 +48,7 @@ class MixturePlan:
     estimated: bool = False
     phases: tuple[tuple[str, tuple[Fraction, ...]], ...] = ()
     skipped: tuple[str, ...] = ()
+    believed: int = 0
 
     def by_tag(self) -> dict[str, float]:
         """Share of draws by tag; a source with several tags counts for each."""
@@ -78,6 +80,7 @@ class MixturePlan:
             "tags": self.by_tag(),
             "phases": [{"until": until, "rates": [float(rate) for rate in rates]} for until, rates in self.phases],
             "skipped": list(self.skipped),
+            "believed": self.believed,
         }
 
     def write(self, path: str) -> None:

@@ -79,8 +79,24 @@ def expand(
         for i, (source, name) in enumerate(zip(sources, names, strict=True))
     )
     root = Node(name="", where=key, config=SourceConfig(), tags=(), mixing=config.data.mixing, members=members)
+    refuse_one_name_twice(root)
     _refuse_unknown_tags(config, root)
     return root
+
+
+def refuse_one_name_twice(root: Node) -> None:
+    """Raises ValueError for two nodes of one name: plans, logs and checkpoints know a source by nothing else."""
+    seen: dict[str, str] = {}
+    waiting = list(root.members)
+    while waiting:
+        node = waiting.pop(0)
+        if node.name in seen:
+            raise ValueError(
+                f"{node.where} and {seen[node.name]}: found two sources named {node.name!r}; expected names of their "
+                "own, since plans, logs and checkpoints tell sources apart by them; give one of the two another `id`"
+            )
+        seen[node.name] = node.where
+        waiting += node.members
 
 
 def _node(
@@ -146,28 +162,52 @@ def _styled(node: Node, numbers: Iterator[int]) -> Node:
 
 
 def _inherit(member: SourceConfig, group: SourceConfig) -> SourceConfig:
-    """The member with the group's keys where it has only defaults."""
-    defaults = SourceConfig()
-    taken = {
-        key: getattr(group, key)
-        for key in INHERITED
-        if getattr(member, key) == getattr(defaults, key) and getattr(group, key) != getattr(defaults, key)
-    }
-    return member.model_copy(update=taken)
+    """The member with the group's keys where it says nothing itself; a default that is written down is said."""
+    given = group.model_fields_set - member.model_fields_set
+    return member.model_copy(update={key: getattr(group, key) for key in INHERITED if key in given})
 
 
 def _rooted(source: SourceConfig, root: str | None, where: str) -> SourceConfig:
     """The source, and all below it, with {root} filled in."""
-    update: dict[str, Any] = {"sources": tuple(_rooted(s, root, f"{where}.{i}") for i, s in enumerate(source.sources))}
+    update: dict[str, Any] = {}
+    if source.sources:
+        update["sources"] = tuple(_rooted(s, root, f"{where}.sources.{i}") for i, s in enumerate(source.sources))
     for field in ("path", "templates"):
         value = getattr(source, field)
-        if isinstance(value, str) and "{root}" in value:
-            if root is None:
-                raise ValueError(f"{where}.{field}: found {value}, and data.root is not set; set data.root=FOLDER")
-            update[field] = value.replace("{root}", root.rstrip("/"))
-    if source.table is not None and "{root}" in source.table.path and root is not None:
-        update["table"] = source.table.model_copy(update={"path": source.table.path.replace("{root}", root)})
+        if isinstance(value, str):
+            update[field] = _filled_root(value, root, f"{where}.{field}")
+    if isinstance(source.templates, tuple):
+        rows = enumerate(source.templates)
+        update["templates"] = tuple(_rooted_template(row, root, f"{where}.templates.{i}") for i, row in rows)
+    if source.table is not None:
+        path = _filled_root(source.table.path, root, f"{where}.table.path")
+        update["table"] = source.table.model_copy(update={"path": path})
     return source.model_copy(update=update)
+
+
+def _rooted_template(row: Mapping[str, Any], root: str | None, where: str) -> dict[str, Any]:
+    """An inline template with {root} filled in; without data.root a wording may name a column `root`, a path not."""
+    return {
+        key: _filled_root(value, root, f"{where}.{key}") if key == "promptsource" else _filled_texts(value, root)
+        for key, value in row.items()
+    }
+
+
+def _filled_texts(value: Any, root: str | None) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _filled_texts(item, root) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_filled_texts(item, root) for item in value)
+    return value if root is None or not isinstance(value, str) else _filled_root(value, root, "")
+
+
+def _filled_root(text: Any, root: str | None, where: str) -> Any:
+    """The text with {root} replaced; raises ValueError when it stands there and data.root is not set."""
+    if not isinstance(text, str) or "{root}" not in text:
+        return text
+    if root is None:
+        raise ValueError(f"{where}: found {text}, and data.root is not set; set data.root=FOLDER")
+    return text.replace("{root}", root.rstrip("/"))
 
 
 def _table_sources(source: SourceConfig, where: str) -> tuple[SourceConfig, ...]:
@@ -175,14 +215,14 @@ def _table_sources(source: SourceConfig, where: str) -> tuple[SourceConfig, ...]
     table = source.table
     assert table is not None
     rows = read_table(table.path, where=f"{where}.table.path")
-    wanted = {key: set(value) if isinstance(value, list | tuple) else {value} for key, value in table.where.items()}
+    wanted = {key: value if isinstance(value, list | tuple) else (value,) for key, value in table.where.items()}
     columns = list(rows[0]) if rows else []
     for key in (*wanted, *(column for column in (table.examples, table.weight) if column)):
         if key not in columns:
             raise ValueError(
                 f"{where}.table: no column {key!r} in {table.path}; found {', '.join(columns) or 'no rows'}"
             )
-    rows = [row for row in rows if all(row[key] in values for key, values in wanted.items())]
+    rows = [row for row in rows if all(row.get(key) in values for key, values in wanted.items())]
     if not rows:
         raise ValueError(f"{where}.table.where: no row of {table.path} has {table.where}; expected at least one")
     out = []
@@ -295,15 +335,15 @@ EXCLUDED_WITH = {
 }
 
 
-def hold_out(root: Node, options: HoldOutConfig) -> tuple[set[str], set[str]]:
+def hold_out(root: Node, options: HoldOutConfig, *, folder: str | None) -> tuple[set[str], set[str]]:
     """Names of the leaves to evaluate on, and of those that must not be trained on beside them.
 
-    Raises ValueError for a cluster that no source belongs to.
+    `folder` is what {root} stands for. Raises ValueError for a table that cannot be read, and for a cluster that no
+    source belongs to.
     """
     if not options.clusters:
         return set(), set()
-    with hub.open_file(hub.resolve_files(options.table)[0]) as file:
-        clusters: dict[str, list[str]] = json.load(file)
+    clusters = _cluster_table(_filled_root(options.table, folder, "data.hold_out.table"))
     of_task = {task: cluster for cluster, tasks in clusters.items() for task in tasks}
     found = {leaf.name: leaf.config.cluster or of_task.get(leaf.task) for leaf in root.leaves()}
     for cluster in options.clusters:
@@ -319,3 +359,16 @@ def hold_out(root: Node, options: HoldOutConfig) -> tuple[set[str], set[str]]:
         {name for name, cluster in found.items() if cluster in held},
         {name for name, cluster in found.items() if cluster in related},
     )
+
+
+def _cluster_table(path: str) -> dict[str, list[str]]:
+    """Cluster -> tasks; raises ValueError naming data.hold_out.table."""
+    try:
+        with hub.open_file(hub.resolve_files(path)[0]) as file:
+            clusters = json.load(file)
+    except ValueError as error:  # not there, or no JSON
+        told = str(error) if path in str(error) else f"{path} is not JSON ({error})"
+        raise ValueError(f"data.hold_out.table: {told}; expected a JSON file of cluster -> list of tasks") from error
+    if not isinstance(clusters, dict) or not all(isinstance(tasks, list) for tasks in clusters.values()):
+        raise ValueError(f"data.hold_out.table: {path} holds something else than cluster -> list of tasks")
+    return clusters
