@@ -59,7 +59,7 @@ def open_reader(byte_tokenizer, write_rows):
             count_tokens=words,
             template_name=only,
         )
-        if phrasing is not None and phrasing.reads_fields and templated:
+        if phrasing is not None:
             phrasing.check([layout.fields(row) for row in first])
         return RowReader(
             source,
@@ -307,6 +307,22 @@ def test_a_slot_without_a_place_or_a_value_is_refused_by_name(open_reader):
         open_reader(SUMS, templates=PHRASES, slots={"bb": ("1",)})
 
 
+def test_a_slot_that_no_row_names_is_refused_where_rows_are_their_own_wording(open_reader):
+    rows = [{"prompt": "Explain {concept} to {whom}.", "completion": "{x}"}] * 8
+    for style in ("zero_shot", "few_shot"):
+        told = (
+            r"src: slots\.concpet: none of the first 5 rows names \{concpet\} \(nearest: concept\); they name concept"
+        )
+        with pytest.raises(ValueError, match=told):
+            open_reader(rows, style, slots={"concpet": ("tides",), "whom": ("us",)})
+        assert open_reader(rows, style, slots={"concept": ("tides",)}) is not None
+    chats = [{"messages": [{"role": "user", "content": "{who}?"}, {"role": "assistant", "content": "Me."}]}] * 2
+    assert said(open_reader(chats, slots={"who": ("You",)}), 0) == ("You?", "Me.")
+    with pytest.raises(ValueError, match=r"slots\.tone: none of the first 2 rows"):
+        open_reader(chats, slots={"tone": ("calm",)})
+    open_reader(chats, slots={"tone": ("calm",)}, system="Be {tone}.")
+
+
 # Refused
 
 
@@ -345,7 +361,7 @@ def test_a_style_without_a_template_says_what_there_is(open_reader):
 
 def test_rows_that_say_what_is_held_out_give_no_example_under_any_wording(open_reader):
     held = open_reader(SUMS[5:7], templates=PHRASES[:1])
-    excluded = np.unique(np.array([h for row in (0, 1) for h in held.hashes(row)], np.uint64))
+    excluded = np.unique(np.array([h for row in (0, 1) for h in held.hashes(row).whole], np.uint64))
     other = [{**row, "id": i} for i, row in enumerate(SUMS)]
     reader = open_reader(other, templates=PHRASES[1:], reader={"excluded": excluded})
     results = reader.read(range(40), [3] * 40)
@@ -361,7 +377,7 @@ def test_rows_that_say_what_is_held_out_give_no_example_under_any_wording(open_r
 def test_one_held_out_conversation_of_a_row_leaves_the_others_and_is_told_of(open_reader):
     row = {"instruction": "Say", "instances": [{"input": i, "output": "x"} for i in ("one", "two", "three")]}
     held = open_reader([{"prompt": "Say\n\nTWO", "completion": "y"}])
-    reader = open_reader([row], reader={"excluded": np.sort(np.array(held.hashes(0), np.uint64))})
+    reader = open_reader([row], reader={"excluded": np.array(sorted(held.hashes(0).whole), np.uint64)})
     (result,) = reader.read([0])
     assert (len(result.examples), result.reason, result.bad) == (2, "also held out", False)
 
@@ -372,7 +388,7 @@ def test_a_text_is_held_out_whatever_its_case_form_and_white_space(open_reader):
 
     assert hashes("Caf\u00e9  au\nlait") == hashes("cafe\u0301 AU lait ") != hashes("Cafe au lait")
     held = open_reader([{"prompt": "Why  so?", "completion": "a"}])
-    excluded = np.sort(np.array(held.hashes(0), np.uint64))
+    excluded = np.array(sorted(held.hashes(0).whole), np.uint64)
     reader = open_reader(
         [{"prompt": p, "completion": "b"} for p in ("why so?", "Why not?")], reader={"excluded": excluded}
     )

@@ -5,11 +5,12 @@ own, one an epoch, so that it meets all of them before it meets one again; a tem
 the next in that order. Nothing is stored, so a run can be resumed, split over hosts or read from the middle.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxtune.config import SourceConfig
@@ -22,6 +23,7 @@ from jaxtune.data.wording.keyed import Keyed
 from jaxtune.data.wording.wordings import AsGiven, Fields, Pair, Wording
 
 SKIPPED = "skipped by every template"
+_SLOT = re.compile(r"\{(\w+)\}")
 _NO_TURNS = ("fields", "text")  # formats without question and answer
 _VERSION = "1"  # of everything between fields and text: raise it when the code's answer changes
 
@@ -31,7 +33,8 @@ class Phrasing:
     """The templates of a task in one style; words fields into conversations. Travels to worker processes.
 
     `source` and `file` name it in errors. `slots` are values for {name} in templates, or in the rows themselves where
-    there are no `wordings`. `shots` exemplars are shown at most, 0 outside few-shot styles.
+    there are no templates: `slots_in_rows` says that the rows name them as they stand in their files. `shots` exemplars
+    are shown at most, 0 outside few-shot styles.
     """
 
     source: str
@@ -41,6 +44,7 @@ class Phrasing:
     seed: int
     wordings: tuple[Wording, ...]
     slots: Mapping[str, tuple[str, ...]]
+    slots_in_rows: bool
     system: str | None
     shots: int
     shot_tokens: int
@@ -79,7 +83,7 @@ class Phrasing:
         return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def check(self, rows: Sequence[Fields]) -> None:
-        """Raises ValueError for a template that names a field which none of these (first) rows has."""
+        """Raises ValueError for a template or a slot that these (first) rows have no field or place for."""
         found = list(dict.fromkeys(name for fields in rows for name in _with_plain_names(fields)))
         for wording in self.wordings:
             for field in sorted(wording.needs - set(self.slots) - set(found)):
@@ -88,6 +92,17 @@ class Phrasing:
                     f"have{near(field, found)}; they have {', '.join(found) or 'nothing'}; map the "
                     f"column with columns.{field}=COLUMN, or choose other templates"
                 )
+        if rows and self.slots_in_rows:
+            self._check_slots_of(rows)
+
+    def _check_slots_of(self, rows: Sequence[Fields]) -> None:
+        """Raises ValueError for a slot that stands in the text of none of these rows."""
+        named = sorted({name for text in _texts([self.system, *rows]) for name in _SLOT.findall(text)})
+        for slot in sorted(set(self.slots) - set(named)):
+            raise ValueError(
+                f"{self.source}: slots.{slot}: none of the first {len(rows)} rows names {{{slot}}}"
+                f"{near(slot, named)}; they name {', '.join(named[:10]) or 'nothing'}; put it right, or remove it"
+            )
 
     def check_count(self, rows: int) -> None:
         """Raises ValueError when there are too few rows to show exemplars from."""
@@ -116,6 +131,21 @@ class Phrasing:
         keyed = Keyed(self.seed, self.task, row, epoch)
         slots = self._slot_values(keyed)
         named = self._with_slots(fields, slots)
+        wording, pair = self._pair(named, row=row, epoch=epoch, keyed=keyed)
+        return [self._conversation(wording, pair, named, slots, row=row, keyed=keyed, exemplars=exemplars)]
+
+    def questions(self, fields: Fields, *, row: int) -> list[str]:
+        """What the row asks in each of as many epochs as there are templates, exemplars aside: in every wording."""
+        out = []
+        for epoch in range(len(self.wordings)):
+            keyed = Keyed(self.seed, self.task, row, epoch)
+            with contextlib.suppress(RowError, NothingToLearn):  # told of when the row's turn comes
+                named = self._with_slots(fields, self._slot_values(keyed))
+                out.append(self._pair(named, row=row, epoch=epoch, keyed=keyed)[1].input)
+        return out
+
+    def _pair(self, named: Fields, *, row: int, epoch: int, keyed: Keyed) -> tuple[Wording, Pair]:
+        """The row's template in an epoch, and what it makes; raises RowError or NothingToLearn."""
         for at in self.order(row, epoch):
             wording = self.wordings[at].settled(keyed)
             try:
@@ -123,7 +153,7 @@ class Phrasing:
             except RowError as error:
                 raise RowError(error.reason, f"template {wording.name!r} of {self.file}: {error}") from error
             if pair is not None and pair.input.strip() and pair.target.strip():
-                return [self._conversation(wording, pair, named, slots, row=row, keyed=keyed, exemplars=exemplars)]
+                return wording, pair
         raise NothingToLearn(SKIPPED)
 
     def fill(self, conversation: Conversation, *, row: int, epoch: int) -> Conversation:
@@ -205,6 +235,7 @@ def load_phrasing(
         seed=seed,
         wordings=tuple(wordings),
         slots=config.slots,
+        slots_in_rows=config.templates is None and ":" not in layout.format,  # a function may write them itself
         system=config.system,
         shots=config.shots if "few_shot" in style else 0,
         shot_tokens=config.shot_tokens,
@@ -274,5 +305,17 @@ def _with_plain_names(fields: Fields) -> Fields:
     return {**renamed, **fields} if renamed else fields
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _texts(item)
+
+
 def _filled(text: str, values: Mapping[str, str]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), text) if "{" in text else text
+    return _SLOT.sub(lambda found: values.get(found[1], found[0]), text) if "{" in text else text
