@@ -107,13 +107,36 @@ def test_csv_rows_keep_quoted_line_breaks_and_the_line_they_began_on(tmp_path):
     ]
     assert [source.where(i) for i in range(2)] == [f"{path}:2", f"{path}:5"]
     for text, told in (
-        ("a,b\n1,2,3\n", r"b.csv:2: found 3 columns; expected 2"),
         ("a,a\n1,2\n", r"b.csv:1: found the header \['a', 'a'\]; expected names, each once"),
         ('a,b\n"1,2\n', r"b.csv:2: unexpected end of data"),
     ):
         (tmp_path / "b.csv").write_text(text)
         with pytest.raises(ValueError, match=told):
             open_path(tmp_path / "b.csv")
+
+
+def test_a_row_that_does_not_fit_the_header_is_an_error_of_that_row(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('a,b\n1,2\n"x, y",2,3\n4\n5,6\n')
+    source = open_path(path)
+    assert len(source) == 4 and source.row(3) == {"a": "5", "b": "6"}
+    for i, cells in ((1, 3), (2, 1)):
+        with pytest.raises(RowError, match=f"found {cells} columns; expected 2: a, b") as found:
+            source.row(i)
+        assert found.value.reason == "wrong number of columns"
+    assert source.where(1) == f"{path}:3" and source.raw(1) == '"x, y",2,3'
+
+
+def test_a_first_line_that_does_not_fit_the_others_is_an_error_of_that_row(tmp_path):
+    path = tmp_path / "cot.tsv"
+    path.write_bytes(b"What is it?\tno\n" + b"Why is it?\tyes\tSo it is.\n" * 3)
+    source = open_path(path)
+    assert len(source) == 4 and source.row(1)["answer"] == "yes"
+    with pytest.raises(RowError, match="found 2 columns; expected 3"):
+        source.row(0)
+    path.write_bytes(b"\xff?\tno\tx\n" + b"Why is it?\tyes\tSo it is.\n" * 3)
+    with pytest.raises(RowError, match="expected UTF-8 text"):
+        open_path(path).row(0)
 
 
 TASK = {

@@ -5,9 +5,11 @@ take no memory and no file descriptors; they travel to worker processes as they 
 """
 
 import bisect
+import csv
+import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from jaxtune.data.files.line_index import ArrayFile, LineIndex
 from jaxtune.data.files.spool import OPENED, stamp_of
 from jaxtune.data.records import RowError
 
+_FIRST_LINES = 20  # of a file without a header, most of which say how many columns it has
 COT_COLUMNS = ("question", "answer", "chain_of_thought")
 
 
@@ -85,6 +88,34 @@ def _check_escapes(value: Any) -> None:
         ) from error
 
 
+class CommaSeparated(JsonLines):
+    """The rows of a CSV file, an object each; a list [header, cells] is a row that does not fit the header."""
+
+    def _misfit(self, i: int) -> tuple[list[str], list[str]] | None:
+        line = self.index.line(i)
+        return tuple(json.loads(line)) if line.startswith(b"[") else None
+
+    def raw(self, i: int) -> str:
+        misfit = self._misfit(i)
+        if misfit is None:
+            return super().raw(i)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(misfit[1])
+        return text.getvalue()
+
+    def row(self, i: int) -> dict[str, Any]:
+        misfit = self._misfit(i)
+        if misfit is not None:
+            raise _misfitting(misfit[1], misfit[0])
+        return super().row(i)
+
+
+def _misfitting(cells: Sequence[str], columns: Sequence[str]) -> RowError:
+    return RowError(
+        "wrong number of columns", f"found {len(cells)} columns; expected {len(columns)}: {', '.join(columns)}"
+    )
+
+
 class TaskInstances(JsonLines):
     """The instances of a NaturalInstructions task, a line each, with what the whole task says added to every row."""
 
@@ -117,9 +148,10 @@ class Tabbed:
         self.shown_as = shown_as
         self.index = LineIndex(path, cache_dir=cache_dir)
         self.fingerprint = self.index.fingerprint
-        first = decoded(self.index.line(0)).rstrip("\r").split("\t") if len(self.index) else []
+        cells = [self._cells(i) for i in range(min(len(self.index), _FIRST_LINES))]
+        first = cells[0] if cells else []
         self.has_header = len(set(first)) == len(first) > 1 and all(re.fullmatch(r"[A-Za-z_]\w*", c) for c in first)
-        if not self.has_header and len(first) not in (0, len(COT_COLUMNS)):
+        if not self.has_header and sum(len(c) == len(COT_COLUMNS) for c in cells) * 2 < len(cells):
             raise ValueError(
                 f"{shown_as}: found {len(first)} columns and no header; expected a first line of column names, or "
                 f"three columns ({', '.join(COT_COLUMNS)})"
@@ -129,16 +161,17 @@ class Tabbed:
     def __len__(self) -> int:
         return len(self.index) - self.has_header
 
+    def _cells(self, line: int) -> list[str]:
+        """Cells of a line, readable or not: a line that is not UTF-8 is told of as a row."""
+        return self.index.line(line).decode("utf-8", "replace").rstrip("\r").split("\t")
+
     def raw(self, i: int) -> str:
         return self.index.line(i + self.has_header).decode("utf-8", "replace").rstrip("\r")
 
     def row(self, i: int) -> dict[str, Any]:
         cells = decoded(self.index.line(i + self.has_header)).rstrip("\r").split("\t")
         if len(cells) != len(self.columns):
-            raise RowError(
-                "wrong number of columns",
-                f"found {len(cells)} columns; expected {len(self.columns)}: {', '.join(self.columns)}",
-            )
+            raise _misfitting(cells, self.columns)
         if not self.has_header:
             cells = [cell.replace("\\n", "\n") for cell in cells]
         return dict(zip(self.columns, cells, strict=True))

@@ -188,7 +188,7 @@ def _open_json(local: str, file: str, cache: str) -> Source:
 
 def _open_csv(local: str, file: str, cache: str) -> Source:
     rows = spooled("csv", stamp_of(local), ".jsonl", cache, lambda out: spooling.csv_to_lines(local, out, file))
-    return readers.JsonLines(rows, cache_dir=cache, shown_as=file, numbers=rows + spooling.NUMBERS)
+    return readers.CommaSeparated(rows, cache_dir=cache, shown_as=file, numbers=rows + spooling.NUMBERS)
 
 
 def _open_tabbed(local: str, file: str, cache: str) -> Source:

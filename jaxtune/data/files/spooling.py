@@ -102,7 +102,10 @@ def may_be_task(path: str) -> bool:
 
 
 def csv_to_lines(path: str, out: str, shown_as: str) -> None:
-    """Writes a CSV file with a header as JSON lines, and beside it the line that each row began on."""
+    """Writes a CSV file with a header as JSON lines, and beside it the line that each row began on.
+
+    A row with more or fewer cells than the header is no object but the list [header, cells].
+    """
     numbers = []
     with open(path, encoding="utf-8-sig", newline="") as file, open(out, "w", encoding="utf-8") as target:
         try:
@@ -114,9 +117,9 @@ def csv_to_lines(path: str, out: str, shown_as: str) -> None:
                 line, begun = rows.line_num, line + 1
                 if not cells:
                     continue
-                if len(cells) != len(header):
-                    raise ValueError(f"{shown_as}:{begun}: found {len(cells)} columns; expected {len(header)}")
-                target.write(json.dumps(dict(zip(header, cells, strict=True))) + "\n")
+                fits = len(cells) == len(header)
+                row = dict(zip(header, cells, strict=True)) if fits else [header, cells]
+                target.write(json.dumps(row) + "\n")
                 numbers.append(begun)
         except csv.Error as error:
             raise ValueError(f"{shown_as}:{rows.line_num}: {error}; expected comma-separated columns") from error
