@@ -51,10 +51,14 @@ class PairReader(RowReader):
             except RowError as error:
                 fail(result, error, self.source.where(row))
                 continue
-            found += [(result, row, conversation, answer) for answer in answers]
-        encoded = iter(self._encode([text for *_, answer in found for text in (answer.prompt, answer.text)]))
-        for result, row, conversation, answer in found:
-            self._add_pair(result, row, conversation, answer, self._ended(next(encoded)), next(encoded))
+            found.append((result, row, conversation, answers))
+        encoded = iter(self._encode([text for *_, answers in found for a in answers for text in (a.prompt, a.text)]))
+        for result, row, conversation, answers in found:
+            first = len(result.examples)
+            for answer in answers:
+                self._add_pair(result, row, conversation, answer, self._ended(next(encoded)), next(encoded))
+            if self.options.loss_weighting == "example":
+                result.examples[first:] = _weighing_one(result.examples[first:])
 
     def shown(self, row: int) -> str:
         """What the encoder reads of the row's first answer and, between « », what the decoder writes."""
@@ -93,8 +97,7 @@ class PairReader(RowReader):
             result.lost_tokens += total - len(encoder) - len(targets)
             if not len(targets):
                 return None
-        share = 1.0 / len(targets) if self.options.loss_weighting == "example" else answer.weight
-        result.examples.append(Pair(encoder, targets, np.full(len(targets), share, np.float32)))
+        result.examples.append(Pair(encoder, targets, np.full(len(targets), answer.weight, np.float32)))
         result.tokens += len(encoder) + len(targets)
         result.trained += len(targets)
         result.turns += 1
@@ -127,3 +130,10 @@ class PairReader(RowReader):
             if len(encoder) <= self.encoder_length:
                 return encoder
         return None
+
+
+def _weighing_one(pairs: list[Any]) -> list[Any]:
+    """The pairs of one conversation, whose weights together sum to 1: each of its trained tokens counts the same, times
+    its message's own weight."""
+    total = sum(float(pair.weights.sum(dtype=np.float64)) for pair in pairs)
+    return [pair._replace(weights=pair.weights * np.float32(1 / total)) for pair in pairs]

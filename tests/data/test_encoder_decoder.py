@@ -153,9 +153,15 @@ def test_split_is_refused_with_the_rules_that_make_sense():
         ExampleOptions(max_length=8, encoder_length=8, overlong="split")
 
 
-def test_example_weighting_is_by_the_pair(read):
+def test_the_answers_of_a_conversation_together_weigh_one_by_their_tokens_and_own_weights(read):
     (result,) = read({"messages": TURNS}, loss_weighting="example")
-    assert [float(pair.weights.sum()) for pair in result.examples] == pytest.approx([1] * 4)
+    assert sum(float(pair.weights.sum()) for pair in result.examples) == pytest.approx(1)
+    each = np.concatenate([pair.weights for pair in result.examples])
+    assert each.max() == each.min()
+    (result,) = read({"messages": [*TURNS[:3], {**TURNS[3], "weight": 0.25}]}, loss_weighting="example")
+    one, quarter = result.examples
+    assert float(one.weights.sum() + quarter.weights.sum()) == pytest.approx(1)
+    assert quarter.weights[0] == pytest.approx(one.weights[0] / 4)
 
 
 def test_rows_without_a_question_or_a_trained_answer_are_counted(read):
