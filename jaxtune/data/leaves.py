@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtune.data.mixing import mixture
 from jaxtune.data.mixing.shares import style_parts
 from jaxtune.data.mixing.tree import Node, prune
 from jaxtune.data.records import RowError
+from jaxtune.data.row_values import missing
 from jaxtune.data.wording import tasks
 
 _DETECTION_ROWS = 20  # of each source
@@ -214,16 +216,19 @@ def _held_key(source: sources.Source) -> int:
     return int.from_bytes(hashlib.blake2b(source.fingerprint.encode(), digest_size=7).digest(), "little")
 
 
-def row_orders(leaves: Sequence[OpenLeaf], measure: Callable[[OpenLeaf], lengths.RowTable], seed: int) -> list[Any]:
+def row_orders(
+    leaves: Sequence[OpenLeaf], measure: Callable[[OpenLeaf], lengths.RowTable], seed: int, *, on_bad_row: str = "error"
+) -> list[Any]:
     """For each leaf the rows to draw in place of a shuffle, int64, or None.
 
-    Styles of one source have one order, by its first style, and are dealt its rows evenly: each row has one style, and
-    no style has all the short ones. Raises ValueError for a column that is not there or holds no numbers.
+    Rows without the column to order by are an error, or by `on_bad_row` come last. Styles of one source have one order,
+    by its first style, and are dealt its rows evenly: each row has one style, and no style has all the short ones.
+    Raises ValueError for a column that is not there or holds no numbers.
     """
     out: list[Any] = [None] * len(leaves)
     for number in {leaf.node.source for leaf in leaves if leaf.node.config.order != "shuffle"}:
         mine = [i for i, leaf in enumerate(leaves) if leaf.node.source == number]
-        order = _row_order(leaves[mine[0]], measure, seed)
+        order = _row_order(leaves[mine[0]], measure, seed, on_bad_row)
         parts = [leaves[i].part or (0, len(order)) for i in mine]
         dealt = mixture.Wheel([Fraction(stop - start) for start, stop in parts], seed=0).leaves(0, len(order))
         for style, i in enumerate(mine):
@@ -231,7 +236,9 @@ def row_orders(leaves: Sequence[OpenLeaf], measure: Callable[[OpenLeaf], lengths
     return out
 
 
-def _row_order(leaf: OpenLeaf, measure: Callable[[OpenLeaf], lengths.RowTable], seed: int) -> np.ndarray:
+def _row_order(
+    leaf: OpenLeaf, measure: Callable[[OpenLeaf], lengths.RowTable], seed: int, on_bad_row: str
+) -> np.ndarray:
     rows, by = leaf.rows(seed), leaf.node.config.order
     sign, column = (-1, by[1:]) if by.startswith("-") else (1, by)
     if column == "file":
@@ -239,20 +246,30 @@ def _row_order(leaf: OpenLeaf, measure: Callable[[OpenLeaf], lengths.RowTable], 
     if column == "length":
         score = measure(leaf).columns["tokens"].astype(np.float64)
     else:
-        score = np.array([_score(leaf, int(row), column) for row in rows])
+        found = [_score(leaf, int(row), column, needed=on_bad_row == "error") for row in rows]
+        if rows.size and all(value is None for value in found):
+            _score(leaf, int(rows[0]), column, needed=True)
+        score = np.array([sign * np.inf if value is None else value for value in found])  # last, whatever the sign
     return rows[np.argsort(sign * score, kind="stable")]
 
 
-def _score(leaf: OpenLeaf, row: int, column: str) -> float:
+def _score(leaf: OpenLeaf, row: int, column: str, *, needed: bool) -> float | None:
+    """The row's number in a column; None for a row that cannot be read, or has none and needs none."""
     try:
-        value = leaf.reader.source.row(row).get(column)
+        fields = leaf.reader.source.row(row)
     except RowError:
-        return np.inf  # told of by the length pass
-    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None  # told of by the length pass
+    value, where = fields.get(column), f"{leaf.reader.source.where(row)}: {leaf.node.where}.order"
+    if value is None:
+        if not needed:
+            return None
+        told = f"column {column!r} is null" if column in fields else missing(column, list(fields))
         raise ValueError(
-            f"{leaf.reader.source.where(row)}: column {column!r} is {value!r}; expected a number to order by "
-            f"({leaf.node.where}.order)"
+            f"{where}: {told}; expected a number to order by; put it there, or set data.on_bad_row=skip, by which such "
+            "rows come last"
         )
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: column {column!r} is {value!r}; expected a finite number to order by")
     return float(value)
 
 

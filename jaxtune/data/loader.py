@@ -151,7 +151,7 @@ def _mixture(
     pools = {leaf.node.name: leaf.pool for leaf in leaves}
     given = {leaf.node.name: leaf.node.config.examples or leaf.pool for leaf in leaves}
     phases = phase_shares(config, root, Sizes(given, tokens, pools))
-    orders = row_orders(leaves, opening.measure_one, config.seed)
+    orders = row_orders(leaves, opening.measure_one, config.seed, on_bad_row=config.data.on_bad_row)
     drawn = [
         mixture.Leaf(
             size=leaf.size,

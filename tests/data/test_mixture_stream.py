@@ -199,9 +199,24 @@ def test_rows_may_come_in_an_order(open_, write_rows, order):
 
 
 def test_an_order_by_a_column_that_holds_no_numbers(open_, write_rows):
-    source = {"path": write_rows("a.jsonl", pairs(3)), "order": "score"}
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: column 'score' is None; expected a number to order by"):
-        open_(make_config(source))
+    def order(rows, by="score", **data):
+        source = {"path": write_rows("a.jsonl", rows), "order": by}
+        stream = open_(make_config(source, window=1, **data))
+        return stream.maker.draws.block(0, len(rows)).row.tolist()
+
+    told = r"a\.jsonl:1: data\.train\.0\.order: no column 'score'; found columns prompt, completion; expected a number"
+    for rule in ("error", "skip"):
+        with pytest.raises(ValueError, match=told):
+            order(pairs(3), on_bad_row=rule)
+    for wrong in (float("nan"), "high", True):
+        rows = [{**row, "score": value} for row, value in zip(pairs(3), (1, wrong, 2), strict=True)]
+        with pytest.raises(ValueError, match=rf"a\.jsonl:2: .* is {wrong!r}; expected a finite number to order by"):
+            order(rows, on_bad_row="skip")
+    rows = [pairs(1)[0], *({**row, "score": i} for i, row in enumerate(pairs(3, start=5)))]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: .*no column 'score'.*data\.on_bad_row=skip"):
+        order(rows)
+    assert order(rows, on_bad_row="skip") == [1, 2, 3, 0]
+    assert order(rows, "-score", on_bad_row="skip") == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize(("stop", "draws"), [("plan", 90), ("first_exhausted", 20), ("all_exhausted", 160)])
