@@ -8,7 +8,7 @@ example takes n - 1 positions and its last token is a target only.
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,9 @@ from jaxtune.data.chat.templates import ChatTemplate, Rendered
 from jaxtune.data.files.sources import Source
 from jaxtune.data.layouts.formats import Layout
 from jaxtune.data.packing import Example, Pair
-from jaxtune.data.reasoning import apply_reasoning
+from jaxtune.data.reasoning import apply_reasoning, marked_answers
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
-from jaxtune.data.wording.content import content_hashes, fields_hash
+from jaxtune.data.wording.content import content_hashes, fields_hash, question_hash, text_hashes
 from jaxtune.data.wording.fewshot import Exemplars
 from jaxtune.data.wording.tasks import Phrasing
 
@@ -57,7 +57,8 @@ class RowResult:
 
     `reason` says why (part of) it gives nothing; `bad` rows are those that cannot be read, with `message` in full.
     Tokens are counted before shifting. Of `turns` trained answers kept, `stops` train their end-of-turn token.
-    `reasoning_removed` counts the reasoning blocks that `data.reasoning` took out of its answers.
+    `reasoning_removed` counts the reasoning blocks that `data.reasoning` took out of its answers, `reasoning_left` the
+    answers where it leaves a mark of reasoning that it should not.
     """
 
     examples: list[Example | Pair]
@@ -67,9 +68,20 @@ class RowResult:
     turns: int = 0
     stops: int = 0
     reasoning_removed: int = 0
+    reasoning_left: int = 0
     reason: str | None = None
     message: str = ""
     bad: bool = False
+
+
+class Hashes(NamedTuple):
+    """What a row says, for other readers to leave out: hashes of it as a whole under every wording, and of each long
+    text in it. Rows that are alike have the same `row`.
+    """
+
+    whole: frozenset[int]
+    texts: frozenset[int]
+    row: int
 
 
 class RowReader:
@@ -135,6 +147,7 @@ class RowReader:
                 for conversation in conversations:
                     thinned, removed = apply_reasoning(conversation, self.options.reasoning)
                     result.reasoning_removed += removed
+                    result.reasoning_left += marked_answers(thinned, self.options.reasoning)
                     waiting.append((result, row, thinned))
         self._learn(waiting)
         return results
@@ -166,34 +179,55 @@ class RowReader:
             raise NothingToLearn(HELD_OUT)
         return kept
 
-    def hashes(self, row: int) -> list[int]:
-        """Content hashes of the row, for other readers to leave out; raises RowError or NothingToLearn."""
-        return [number for worded in self._worded(row, 0) for number in content_hashes(*worded)]
+    def hashes(self, row: int) -> Hashes:
+        """What the row says, for other readers to leave out; raises RowError or NothingToLearn."""
+        raw = self.source.row(row)
+        whole: set[int] = set()
+        asked: list[str] = []
+        if self.phrasing is None or self.phrasing.fills_slots_only:
+            for conversation, _ in self._worded(raw, row, 0):
+                whole.update(content_hashes(conversation))
+                asked += _questions(conversation)
+        else:
+            for fields in self._fields(raw):
+                asked += self.phrasing.questions(fields, row=row)
+                whole.add(fields_hash(fields))
+            whole.update(map(question_hash, asked))
+        return Hashes(frozenset(whole), frozenset(text_hashes([raw, *asked])), fields_hash(raw))
 
     def _kept(self, row: int, epoch: int) -> tuple[list[Conversation], bool]:
         """The row's conversations that are not held out, and whether some are."""
-        worded = self._worded(row, epoch)
+        raw = self.source.row(row)
+        worded = self._worded(raw, row, epoch)
         if self.excluded is None or not len(self.excluded):
             return [conversation for conversation, _ in worded], False
-        kept = [c for c, fields in worded if not self._is_held_out(content_hashes(c, fields))]
+        rest = [raw] if len(worded) == 1 else []  # one conversation of several has nothing to do with another's texts
+        kept = [c for c, fields in worded if not self._says_held_out(c, fields, rest)]
         return kept, len(kept) < len(worded)
 
-    def _worded(self, row: int, epoch: int) -> list[tuple[Conversation, Mapping[str, Any] | None]]:
-        """The row's conversations, each with the fields that templates worded, if any."""
+    def _says_held_out(self, conversation: Conversation, fields: Mapping[str, Any] | None, rest: Sequence[Any]) -> bool:
+        if self._is_held_out(content_hashes(conversation, fields)):
+            return True
+        answers = [m.content for m in conversation.messages if m.role in ("assistant", "system")]
+        return self._is_held_out([*text_hashes([*_questions(conversation), *rest], answers)])
+
+    def _worded(
+        self, raw: Mapping[str, Any], row: int, epoch: int
+    ) -> list[tuple[Conversation, Mapping[str, Any] | None]]:
+        """The conversations of row `row`, which is `raw`, each with the fields that templates worded, if any."""
         if self.phrasing is None:
-            return [(conversation, None) for conversation in self.layout.convert(self.source.row(row))]
+            return [(conversation, None) for conversation in self.layout.convert(raw)]
         if self.phrasing.fills_slots_only:
-            converted = self.layout.convert(self.source.row(row))
+            converted = self.layout.convert(raw)
             return [(self.phrasing.fill(conversation, row=row, epoch=epoch), None) for conversation in converted]
         return [
             (conversation, fields)
-            for fields in self._fields(row)
+            for fields in self._fields(raw)
             for conversation in self.phrasing.conversations(fields, row=row, epoch=epoch, exemplars=self._exemplars())
         ]
 
-    def _fields(self, row: int) -> list[Mapping[str, Any]]:
+    def _fields(self, raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """What is worded of a row: its fields, or without templates each of its single turns."""
-        raw = self.source.row(row)
         if self.phrasing is not None and self.phrasing.reads_fields:
             return [self.layout.fields(raw)]
         return [_single_turn(conversation) for conversation in self.layout.convert(raw)]
@@ -205,16 +239,18 @@ class RowReader:
         """The fields of a row that is to be shown to others; None when it cannot be read, teaches nothing or is held
         out."""
         try:
-            fields = self._fields(row)[0]
+            raw = self.source.row(row)
+            fields = self._fields(raw)[0]
         except (RowError, NothingToLearn):
             return None
-        held = self.excluded is not None and self._is_held_out([fields_hash(fields)])
-        return None if held else fields
+        if self.excluded is None or not len(self.excluded):
+            return fields
+        return None if self._is_held_out([fields_hash(fields), *text_hashes([raw])]) else fields
 
     def _is_held_out(self, hashes: Sequence[int]) -> bool:
         if self.excluded is None or not len(self.excluded):
             return False
-        wanted = np.array(hashes, np.uint64)
+        wanted = np.array(hashes, np.uint64)  # none where no text is long
         at = np.minimum(np.searchsorted(self.excluded, wanted), len(self.excluded) - 1)
         return bool((self.excluded[at] == wanted).any())
 
@@ -321,6 +357,10 @@ def _single_turn(conversation: Conversation) -> dict[str, str]:
             "answer; remove few_shot from this source's styles, or choose rows with a single turn",
         )
     return {"system": system, "inputs": turns[0].content, "targets": turns[1].content}
+
+
+def _questions(conversation: Conversation) -> list[str]:
+    return [m.content for m in conversation.messages if m.role in ("user", "text")]
 
 
 def _bytes(array: np.ndarray | None) -> bytes:

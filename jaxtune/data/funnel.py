@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxtune.data.examples import RowReader
+from jaxtune.data.examples import OVERLONG, RowReader
 from jaxtune.data.lengths import RowTable
 
 _SHOWN = 40  # sources, and reasons of loss, listed on a terminal
@@ -13,9 +13,10 @@ _SHOWN = 40  # sources, and reasons of loss, listed on a terminal
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Rows lost for one reason: how many, where the first is, and its message if it has one."""
+    """Rows lost for one reason: how many, with how many tokens, where the first is, and its message if it has one."""
 
     rows: int
+    tokens: int
     where: str
     message: str
 
@@ -24,7 +25,8 @@ class Loss:
 class SourceFunnel:
     """One source from rows read to tokens trained; `exact` is False when estimated from a sample.
 
-    `remedy` says what to do about lost tokens.
+    `remedy` says what to do about rows over length, `reasoning` is the rule by which blocks were removed, and
+    `reasoning_left` counts the answers in which it leaves marks of reasoning.
     """
 
     name: str
@@ -39,6 +41,9 @@ class SourceFunnel:
     lost: Mapping[str, Loss]
     exact: bool
     remedy: str
+    reasoning: str
+    reasoning_removed: int
+    reasoning_left: int
 
     def why_lost(self) -> str:
         """Every reason of loss with its number of rows and the first of them."""
@@ -58,7 +63,7 @@ class Funnel:
 
     @property
     def lost_share(self) -> float:
-        """Share of tokens lost because rows were over length."""
+        """Share of tokens lost, for whatever reason."""
         return self.total("tokens_lost") / max(1, self.total("tokens") + self.total("tokens_lost"))
 
     def warnings(self) -> list[str]:
@@ -67,10 +72,7 @@ class Funnel:
         for s in self.sources:
             share = s.tokens_lost / max(1, s.tokens + s.tokens_lost)
             if share > 0.01:
-                rows = sum(loss.rows for reason, loss in s.lost.items() if reason == "over length")
-                out.append(
-                    f"{s.name}: {share:.1%} of its tokens are lost because {rows:,} rows are over length; {s.remedy}"
-                )
+                out.append(f"{s.name}: {share:.1%} of its tokens are lost, {_main_loss([s])}")
             if not s.kept:  # only evaluation may go on without a source
                 out.append(
                     f"{s.name}: none of its {s.rows:,} rows held out can be evaluated ({s.why_lost()}), so it has no "
@@ -78,6 +80,11 @@ class Funnel:
                 )
             if s.stops < s.turns:
                 out.append(f"{s.name}: the end-of-turn token is trained in {s.stops:,} of {s.turns:,} assistant turns")
+            if s.reasoning_left:
+                out.append(
+                    f"{s.name}: {s.reasoning_left:,} answers still hold <think> or </think>, since "
+                    f"data.reasoning={s.reasoning} removes only a whole block that an answer opens with; repair them"
+                )
         return out
 
     def _shown(self) -> Sequence[SourceFunnel]:
@@ -110,7 +117,28 @@ class Funnel:
         reasons = [(loss.rows, s.name, reason, loss.where) for s in self.sources for reason, loss in s.lost.items()]
         reasons = sorted(reasons, key=lambda r: -r[0])[:_SHOWN] if len(reasons) > _SHOWN else reasons
         shown += [f"  {name}: {rows:,} rows: {reason}, first at {where}" for rows, name, reason, where in reasons]
+        shown += [
+            f"  {s.name}: {s.reasoning_removed:,} reasoning blocks removed by data.reasoning={s.reasoning}"
+            for s in self._shown()
+            if s.reasoning_removed
+        ]
         return "\n".join(shown)
+
+
+def _main_loss(sources: Sequence[SourceFunnel]) -> str:
+    """The reason that lost most tokens of all, with its rows, and what to do about it."""
+    tokens: dict[str, int] = {}
+    for source in sources:
+        for reason, loss in source.lost.items():
+            tokens[reason] = tokens.get(reason, 0) + loss.tokens
+    main = max(tokens, key=lambda reason: tokens[reason])
+    of = [source for source in sources if main in source.lost]
+    worst = max(of, key=lambda source: source.lost[main].tokens)
+    rows = sum(source.lost[main].rows for source in of)
+    most = "most of them " if sum(count > 0 for count in tokens.values()) > 1 else ""
+    if main == OVERLONG:
+        return f"{most}because {rows:,} rows are over length; {worst.remedy}"
+    return f"{most}in {rows:,} rows: {main}, first at {worst.lost[main].where}; repair such rows, or leave them out"
 
 
 def summarise(name: str, reader: RowReader, table: RowTable, *, rows: int, exact: bool) -> SourceFunnel:
@@ -121,7 +149,8 @@ def summarise(name: str, reader: RowReader, table: RowTable, *, rows: int, exact
         which = np.flatnonzero(column["reason"] == code)
         first = int(table.rows[which[0]])
         count = round(len(which) * scale)
-        lost[table.reasons[code]] = Loss(count, reader.source.where(first), table.messages.get(first, ""))
+        tokens = round(int(column["lost"][which].sum(dtype=np.int64)) * scale)
+        lost[table.reasons[code]] = Loss(count, tokens, reader.source.where(first), table.messages.get(first, ""))
 
     def scaled(key: str) -> int:
         return round(int(column[key].sum(dtype=np.int64)) * scale)
@@ -139,6 +168,9 @@ def summarise(name: str, reader: RowReader, table: RowTable, *, rows: int, exact
         lost=lost,
         exact=exact,
         remedy=reader.remedy,
+        reasoning=reader.options.reasoning,
+        reasoning_removed=scaled("reasoning_removed"),
+        reasoning_left=scaled("reasoning_left"),
     )
 
 
@@ -172,7 +204,7 @@ def problems(
         )
     if max_lost is not None and funnel.lost_share > max_lost:
         out.append(
-            f"data.max_lost: {funnel.lost_share:.2%} of the tokens are lost, more than {max_lost:.2%}; "
-            "raise data.max_length or choose another data.overlong"
+            f"data.max_lost: {funnel.lost_share:.2%} of the tokens are lost, more than {max_lost:.2%}, "
+            f"{_main_loss(funnel.sources)}"
         )
     return out

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +20,13 @@ from jaxtune.data.records import NothingToLearn, RowError
 
 Progress = Callable[[int, int], None]
 _BLOCK = 1024
-_VERSION = "3"  # of everything between a row and its tokens: raise it when the code's answer changes
-_COLUMNS = ("tokens", "trained", "lost", "turns", "stops", "reason", "bad", "examples")
+_VERSION = "4"  # of everything between a row and its tokens: raise it when the code's answer changes
+_COLUMNS = (
+    *("tokens", "trained", "lost", "turns", "stops", "reason", "bad", "examples"),
+    *("reasoning_removed", "reasoning_left"),
+)
+# What reading a damaged file raises: the archive's errors, and those of what is not in it.
+_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, NotImplementedError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +95,14 @@ def measure(
     folder = os.path.join(cache_dir, "lengths")
     own = [_wanted_key(key, which) for key, which in zip(reader_keys(readers), wanted, strict=True)]
     together = os.path.join(folder, f"{_digest(*own)}.npz")
-    found = _load(together)
+    sides = [reader.sides for reader in readers]
+    found = _load(together, wanted, sides)
     if found is not None:
         return found
     total, done, tables = sum(len(which.rows) for which in wanted), 0, []
     for reader, which, key in zip(readers, wanted, own, strict=True):
         path = os.path.join(folder, f"{key}.npz")
-        saved = _load(path)
+        saved = _load(path, [which], [reader.sides])
         if saved is None:
             saved = [_read_all(reader, which, progress, done, total)]
             if len(readers) > 1:
@@ -106,22 +113,52 @@ def measure(
     return tables
 
 
-def cached_hashes(readers: Sequence[RowReader], keys: Sequence[str], cache_dir: str) -> np.ndarray:
-    """Content hashes of all rows of some readers, uint64 ascending, each once; from the cache, or by reading them."""
-    path = os.path.join(cache_dir, "lengths", f"hashes-{_digest(*keys)}.npy")
-    if os.path.exists(path):
-        return np.load(path)
-    found: list[int] = []
+def cached_hashes(
+    readers: Sequence[RowReader], keys: Sequence[str], cache_dir: str, *, progress: Progress | None = None
+) -> np.ndarray:
+    """Content hashes of all rows of some readers, uint64 ascending, each once; from the cache, or by reading them.
+
+    A text that stands in several rows of a source (an instruction, a list of options) is no row's own and is left out;
+    rows that are alike count as one.
+    """
+    path = os.path.join(cache_dir, "lengths", f"hashes-{_digest(*keys)}.npz")
+    saved = _arrays(path)
+    if saved is not None and "hashes" in saved and saved["hashes"].dtype == np.uint64:
+        return saved["hashes"]
+    total, done = sum(len(reader.source) for reader in readers), 0
+    whole: list[np.ndarray] = [np.zeros(0, np.uint64)]
+    texts: dict[str, list[np.ndarray]] = {}  # of each source, which styles and templates share: [n, text and row]
     for reader in readers:
-        for row in range(len(reader.source)):
-            with contextlib.suppress(RowError, NothingToLearn):  # told of where the row itself is counted
-                found += reader.hashes(row)
-    hashes = np.unique(np.array(found, np.uint64))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as aside:
-        np.save(aside, hashes)
-    os.replace(aside.name, path)
-    return hashes
+        for start in range(0, len(reader.source), _BLOCK):
+            block = range(start, min(start + _BLOCK, len(reader.source)))
+            hashes, said = _hashes_of(reader, block)
+            whole.append(hashes)
+            texts.setdefault(reader.source.fingerprint, []).append(said)
+            done += len(block)
+            if progress is not None:
+                progress(done, total)
+    found = np.unique(np.concatenate([*whole, *map(_of_one_row, texts.values())]))
+    _write(path, {"hashes": found})
+    return found
+
+
+def _hashes_of(reader: RowReader, rows: range) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of some rows as a whole, uint64 [n], and of their texts, each with its row's, uint64 [m, 2]."""
+    whole: set[int] = set()
+    texts: set[tuple[int, int]] = set()
+    for row in rows:
+        with contextlib.suppress(RowError, NothingToLearn):  # told of where the row itself is counted
+            hashes = reader.hashes(row)
+            whole |= hashes.whole
+            texts.update((text, hashes.row) for text in hashes.texts)
+    return np.array(sorted(whole), np.uint64), np.array(sorted(texts), np.uint64).reshape(-1, 2)
+
+
+def _of_one_row(said: Sequence[np.ndarray]) -> np.ndarray:
+    """The texts that stand in one row only, of [n, text and row]."""
+    each_once = np.unique(np.concatenate(said), axis=0)
+    texts, rows = np.unique(each_once[:, 0], return_counts=True)
+    return texts[rows == 1]
 
 
 def reader_keys(readers: Sequence[RowReader]) -> list[str]:
@@ -167,7 +204,8 @@ def _read_all(reader: RowReader, wanted: Wanted, progress: Progress | None, done
         for row, r in zip(block, reader.read(block, when), strict=True):
             code = reasons.setdefault(r.reason or "", len(reasons))
             lengths += [example.lengths for example in r.examples]
-            entries.append((r.tokens, r.trained, r.lost_tokens, r.turns, r.stops, code, r.bad, len(r.examples)))
+            counts = (r.tokens, r.trained, r.lost_tokens, r.turns, r.stops, code, r.bad, len(r.examples))
+            entries.append((*counts, r.reasoning_removed, r.reasoning_left))
             if r.bad:
                 messages[row] = r.message
         if progress is not None:
@@ -179,8 +217,7 @@ def _read_all(reader: RowReader, wanted: Wanted, progress: Progress | None, done
 
 
 def _save(path: str, tables: Sequence[RowTable]) -> None:
-    """Writes tables end to end, aside first, so that no half file is ever found."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    """Writes tables end to end."""
     told = [
         {
             "rows": len(t.rows),
@@ -196,17 +233,55 @@ def _save(path: str, tables: Sequence[RowTable]) -> None:
     arrays["epochs"] = np.concatenate([np.zeros_like(t.rows) if t.epochs is None else t.epochs for t in tables])
     arrays["lengths"] = np.concatenate([t.lengths for t in tables])
     arrays["told"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    _write(path, arrays)
+
+
+def _write(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays, aside first, so that no half file is ever found."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as aside:
-        np.savez(aside, **arrays)
+        np.savez(aside, **arrays)  # type: ignore[arg-type]
     os.replace(aside.name, path)
 
 
-def _load(path: str) -> list[RowTable] | None:
-    """The tables of a file; None when it is not there."""
+def _arrays(path: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None when it is not there or damaged, as its checksums tell."""
     if not os.path.exists(path):
         return None
-    with np.load(path) as saved:
-        arrays = {key: saved[key] for key in saved.files}
+    try:
+        with np.load(path) as saved:
+            return {key: saved[key] for key in saved.files}
+    except (*_DAMAGED, AttributeError):  # AttributeError: a single array, which has no names
+        return None
+
+
+def _load(path: str, wanted: Sequence[Wanted], sides: Sequence[int]) -> list[RowTable] | None:
+    """The tables of a file; None when it is not there, damaged, or not of these rows."""
+    arrays = _arrays(path)
+    try:
+        tables = None if arrays is None else _tables(arrays)
+    except _DAMAGED:
+        return None
+    if tables is None or len(tables) != len(wanted):
+        return None
+    fit = all(_fits(table, which, n) for table, which, n in zip(tables, wanted, sides, strict=True))
+    return tables if fit else None
+
+
+def _fits(table: RowTable, wanted: Wanted, sides: int) -> bool:
+    """Whether a table is of these rows, and whole."""
+    if not np.array_equal(table.rows, wanted.rows):
+        return False
+    if table.epochs is None or wanted.epochs is None:
+        if table.epochs is not wanted.epochs:
+            return False
+    elif not np.array_equal(table.epochs, wanted.epochs):
+        return False
+    columns = all(len(column) == len(table.rows) for column in table.columns.values())
+    return columns and table.lengths.shape == (int(table.columns["examples"].sum()), sides)
+
+
+def _tables(arrays: Mapping[str, np.ndarray]) -> list[RowTable]:
     tables, row, length = [], 0, 0
     for told in json.loads(arrays["told"].tobytes()):
         here, there = slice(row, row + told["rows"]), slice(length, length + told["lengths"])

@@ -75,7 +75,9 @@ class Opening:
         opened, root, skipped = self.opener.find(root)
         leaves = self.opener.open(root, opened, fraction=0.0)
         keys = lengths.reader_keys([leaf.reader for leaf in leaves])
-        found = lengths.cached_hashes([leaf.reader for leaf in leaves], keys, self.cache_dir or hub.cache_dir())
+        found = lengths.cached_hashes(
+            [leaf.reader for leaf in leaves], keys, self.cache_dir or hub.cache_dir(), progress=self.progress
+        )
         return found, skipped
 
     def count(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxtune.data.reasoning import apply_reasoning, spread
+from jaxtune.data.reasoning import apply_reasoning, marked_answers, spread
 from jaxtune.data.records import Conversation, Message
 
 FIRST, LAST = "<think>\none\n</think>\n\nYes", "<think>two</think>No <think>said</think>"
@@ -40,6 +40,15 @@ def test_an_empty_block_is_removed_but_not_counted_as_lost():
 def test_an_unclosed_block_is_left_as_it_is():
     before = talk(("user", "Hi"), ("assistant", "<think>so"))
     assert apply_reasoning(before, "drop") == (before, 0)
+
+
+@pytest.mark.parametrize(("rule", "count"), [("keep", 0), ("drop", 3), ("last", 3)])
+def test_answers_that_still_hold_marks_of_reasoning_are_counted(rule, count):
+    said = ["<think>a</think><think>b</think>Yes", "Yes</think>", "Yes", "<think>a</think>Yes"]
+    turns = [turn for answer in said for turn in (("user", "<think>?"), ("assistant", answer))]
+    before = talk(*turns[:-1], ("assistant", "<think>a</think>Yes <think>so"))
+    assert marked_answers(apply_reasoning(before, rule)[0], rule) == count
+    assert marked_answers(apply_reasoning(talk(*turns[-2:]), rule)[0], rule) == 0
 
 
 def test_spread_writes_a_block_on_lines_of_its_own():

@@ -2,11 +2,12 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxtune.data.records import Conversation
 
+LONG_CHARACTERS, LONG_WORDS = 40, 6  # a text this long is a row's own; shorter ones are labels, options, names
 _NAMES_OF_ROWS = ("id", "idx", "index", "uid", "guid", "key")  # columns that name a row and say nothing
 
 
@@ -24,13 +25,43 @@ def content_hashes(conversation: Conversation, fields: Mapping[str, Any] | None 
     asked = conversation.meta.get("query")
     if asked is None:
         asked = "\n".join(m.content for m in conversation.messages if m.role in ("user", "text"))
-    return [_hash(normal(asked))] if fields is None else [_hash(normal(asked)), fields_hash(fields)]
+    return [question_hash(asked)] if fields is None else [question_hash(asked), fields_hash(fields)]
+
+
+def question_hash(asked: str) -> int:
+    """A hash of a question."""
+    return _hash(normal(asked))
 
 
 def fields_hash(fields: Mapping[str, Any]) -> int:
     """A hash of a row's texts, whatever their columns are called, and of its numbers; names of rows do not count."""
     said = {said for key, value in fields.items() if not _names_row(key) for said in _said(key, value)}
     return _hash("\0".join(sorted(said - {""})))
+
+
+def text_hashes(values: Iterable[Any], answers: Iterable[str] = ()) -> set[int]:
+    """A hash of each long text in some rows or texts, but for `answers`, which unlike rows may share (a refusal).
+
+    Long is of 40 characters and 6 words, where a script has words: of these hashes one in common is enough for two
+    rows to say the same, whatever else stands in them. They are never equal to those of `content_hashes`.
+    """
+    answered = {normal(answer) for answer in answers}
+    return {_hash("text\0" + text) for value in values for text in _texts(value) if text not in answered}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The long texts of a row or of what one of its columns holds; names of rows do not count."""
+    if isinstance(value, str):
+        text = normal(value)
+        if len(text) >= LONG_CHARACTERS and (len(text.split()) >= LONG_WORDS or not text.isascii()):
+            yield text
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not _names_row(key):
+                yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _names_row(column: str) -> bool:
