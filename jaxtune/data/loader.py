@@ -113,15 +113,6 @@ def open_eval_stream(
         root, fraction = training_tree(config)[0], config.data.eval_fraction
     if root is None:
         return None
-    for leaf in root.leaves():
-        weight = leaf.config.weight if leaf.where.startswith("data.eval") else None
-        epochs = leaf.config.epochs if leaf.where.startswith("data.eval") else 1.0
-        for key, value, default in (("weight", weight, None), ("epochs", epochs, 1.0)):
-            if value != default:
-                raise ValueError(
-                    f"{leaf.where}.{key}: found {value}; evaluation reads every row once, so remove it (it is for "
-                    "data.train)"
-                )
     opened, root, skipped = opening.opener.find(root)
     leaves = opening.opener.open(root, opened, fraction=fraction)
     rows = [leaf.held_rows(config.seed) if fraction else np.arange(leaf.size) for leaf in leaves]
