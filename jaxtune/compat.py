@@ -5,6 +5,7 @@ jax 0.10 to 0.12 agree on all that we call (`set_mesh`, `shard_map`, explicit ax
 
 import os
 import pathlib
+import re
 
 
 def prepare_environment() -> None:
@@ -13,7 +14,14 @@ def prepare_environment() -> None:
     transformers advises to install torch wherever it is missing; nothing here needs it. With libtpu installed (the
     `plan` extra) jax would ask for a TPU first and wait for a metadata server that a laptop does not have. A TPU VM
     shows its chips as device files; without them, and without a platform named by the user, jax is left the CPU.
+
+    A CPU shown as several devices (`--xla_force_host_platform_device_count`) runs them on one pool of threads, one for
+    each, and a collective that waits holds its thread: two at a time on one device leave another device none, and the
+    process is aborted after 40 s. XLA reads the size of the pool from `NPROC`; four threads a device are enough.
     """
+    shown = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if shown and int(shown[1]) > 1:
+        os.environ.setdefault("NPROC", str(4 * int(shown[1])))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     has_chips = any(pathlib.Path("/dev").glob("accel*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
     if not has_chips:

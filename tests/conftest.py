@@ -13,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from jaxtune.compat import prepare_environment
+
+prepare_environment()  # before jax: threads for the 8 devices
+
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
