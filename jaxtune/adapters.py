@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtune.models.experts import ExpertLinear, RouterParam
 from jaxtune.models.layers import Linear, LoRAParam
 from jaxtune.placement import add_update
 
@@ -36,7 +37,8 @@ def attach(
     Args:
         rank, alpha: size r, and strength over r.
         dropout: rate on the adapter's input while training.
-        targets: all-linear (every linear layer but the head), or names and globs such as q_proj or mlp.*.
+        targets: all-linear (every linear layer but the head and those of experts), or names and globs such as q_proj,
+            mlp.* or experts.*.
         key: typed jax key of the A matrices.
 
     Raises:
@@ -50,23 +52,28 @@ def attach(
     return chosen
 
 
-def linear_layers(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Linear]]:
+def linear_layers(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Linear | ExpertLinear]]:
     """Yields (path, layer) of every linear layer that may have an adapter.
 
-    The head is left out, as PEFT's all-linear does: the loss multiplies by its kernel in chunks.
+    The head is left out, as PEFT's all-linear does: the loss multiplies by its kernel in chunks. So are experts whose
+    matrices a checkpoint holds in one tensor, for which PEFT has no adapter of this form.
     """
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, Linear) and node.name != "lm_head":
+        is_one = isinstance(node, Linear) and node.name != "lm_head"
+        if is_one or (isinstance(node, ExpertLinear) and node.adaptable):
             yield path, node
 
 
 def _choose(model: nnx.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
     """Returns the names that the targets ask for, in the model's order."""
     names: dict[str, set[str]] = {}  # name -> what a glob may match: the name, and the name with its block
+    of_experts: set[str] = set()
     for path, linear in linear_layers(model):
         names.setdefault(linear.name, set()).update({linear.name, f"{path[-2]}.{linear.name}"})
+        if isinstance(linear, ExpertLinear):
+            of_experts.add(linear.name)
     if targets == ALL_LINEAR:
-        return tuple(names)
+        return tuple(name for name in names if name not in of_experts)
     asked = [targets] if isinstance(targets, str) else list(targets)
     chosen: set[str] = set()
     for target in asked:
@@ -83,7 +90,7 @@ def _choose(model: nnx.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in chosen)
 
 
-def _attach_one(linear: Linear, *, rank: int, alpha: float, dropout: float, key: jax.Array) -> None:
+def _attach_one(linear: Linear | ExpertLinear, *, rank: int, alpha: float, dropout: float, key: jax.Array) -> None:
     *stack, in_size, out_size = linear.kernel.shape
     *stack_axes, in_axis, out_axis = linear.kernel.get_metadata()["axes"]
     # PEFT's draw: kaiming_uniform_(a=sqrt(5)) on [r in], which is uniform within 1/sqrt(in).
@@ -94,14 +101,19 @@ def _attach_one(linear: Linear, *, rank: int, alpha: float, dropout: float, key:
     linear.lora_b = LoRAParam(zeros, axes=(*stack_axes, None, out_axis))
 
 
-TRAINABLE: dict[str, type[nnx.Variable]] = {"lora": LoRAParam, "full": nnx.Param}
+def trainable_filter(method: str, *, routers: str = "train") -> Any:
+    """Returns the nnx filter of the variables that a method trains; `nnx.split(model, filter, ...)`.
 
-
-def trainable_filter(method: str) -> type[nnx.Variable]:
-    """Returns the nnx filter of the variables that a method trains; `nnx.split(model, filter, ...)`."""
-    if method not in TRAINABLE:
-        raise ValueError(f"tuning.method: found {method!r}; expected one of {', '.join(TRAINABLE)}")
-    return TRAINABLE[method]
+    Args:
+        method: lora or full.
+        routers: train or freeze; what full tuning does with the routers of experts.
+    """
+    filters = {"lora": LoRAParam, "full": nnx.Param}
+    if method not in filters:
+        raise ValueError(f"tuning.method: found {method!r}; expected one of {', '.join(filters)}")
+    if method == "full" and routers == "freeze":
+        return nnx.All(nnx.Param, nnx.Not(RouterParam))
+    return filters[method]
 
 
 def count(state: Any) -> int:

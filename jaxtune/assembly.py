@@ -11,8 +11,8 @@ from jaxtune import adapters
 from jaxtune.config import Config, TuningConfig
 from jaxtune.convert.folder import HFFolder
 from jaxtune.convert.hf import file_dtypes, load_params
+from jaxtune.models import t5_layers
 from jaxtune.models.attention import resolve
-from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.models.registry import family_of
 from jaxtune.sharding import create_on_mesh, parameter_shardings
 from jaxtune.step import Compute
@@ -23,11 +23,11 @@ Progress = Callable[[int, int], None] | None  # called with (bytes read, bytes i
 class ModelPlan(NamedTuple):
     """A model before any of its numbers exist.
 
-    `config` is the decoder's, `graph` its structure, `trainable` and `frozen` its variables as shapes, `make` the
+    `config` is the model's, `graph` its structure, `trainable` and `frozen` its variables as shapes, `make` the
     function that draws both (traced only), `adapted` the names of linear layers with an adapter.
     """
 
-    config: DecoderConfig
+    config: Any
     graph: nnx.GraphDef
     trainable: nnx.State
     frozen: nnx.State
@@ -49,13 +49,14 @@ def plan_model(
     Raises:
         ValueError: a model or a target that is not supported.
     """
-    config = family_of(hf_config, where=where).read_config(hf_config)
+    family = family_of(hf_config, where=where)
+    config = family.read_config(hf_config)
     adapted: tuple[str, ...] = ()
 
-    def build() -> Decoder:
+    def build() -> nnx.Module:
         nonlocal adapted
         model_key, adapter_key = jax.random.split(jax.random.key(seed))
-        model = Decoder(config, key=model_key, param_dtype=param_dtype)
+        model = family.build(config, key=model_key, param_dtype=param_dtype)
         if tuning.method == "lora":
             adapted = adapters.attach(
                 model,
@@ -67,8 +68,8 @@ def plan_model(
             )
         return model
 
-    def split(model: Decoder) -> Any:
-        return nnx.split(model, adapters.trainable_filter(tuning.method), ...)
+    def split(model: nnx.Module) -> Any:
+        return nnx.split(model, adapters.trainable_filter(tuning.method, routers=tuning.routers), ...)
 
     def make() -> tuple[nnx.State, nnx.State]:
         return split(build())[1:]
@@ -90,13 +91,13 @@ def resolve_dtypes(config: Config, platform: str) -> tuple[Any, Any]:
     return compute, names.get(config.model.param_dtype, automatic)
 
 
-def resolve_compute(config: Config, platform: str) -> tuple[Compute, str]:
+def resolve_compute(config: Config, plan: ModelPlan, platform: str) -> tuple[Compute, str]:
     """Returns how the model is computed on a platform, and why that attention kernel was chosen."""
-    attention, reason = resolve(config.model.attention, platform=platform)
+    attention, reason = resolve_attention(config.model.attention, plan.config, platform=platform)
     remat = config.model.remat
     if remat == "auto":
         remat = "none" if platform == "cpu" else "minimal"
-    dropout = config.tuning.method == "lora" and config.tuning.dropout > 0
+    dropout = config.model.dropout > 0 or (config.tuning.method == "lora" and config.tuning.dropout > 0)
     compute = Compute(
         dtype=resolve_dtypes(config, platform)[0],
         attention=attention,
@@ -104,8 +105,31 @@ def resolve_compute(config: Config, platform: str) -> tuple[Compute, str]:
         microbatches=config.train.batch_rows // (config.train.microbatch_rows or config.train.batch_rows),
         train_head=config.tuning.method == "full",
         dropout_seed=config.seed if dropout else None,
+        dropout_rate=config.model.dropout,
+        load_balance=_load_balance(config.tuning, plan.config),
+        router_z=config.tuning.router_z,
     )
     return compute, reason
+
+
+def resolve_attention(name: str, config: Any, *, platform: str) -> tuple[Callable[..., jax.Array], str]:
+    """Returns the attention of a model on a platform, and a sentence that says which one and why; see `resolve`."""
+    if not config.is_encoder_decoder:
+        return resolve(name, platform=platform)
+    if name not in ("auto", "xla"):
+        raise ValueError(
+            f"model.attention: found {name!r}, a kernel for decoders alone, which takes no biases for distances; this "
+            "model is an encoder-decoder that needs them: use auto or xla"
+        )
+    return t5_layers.plain, "attention: xla, the plain reference with biases for distances"
+
+
+def _load_balance(tuning: TuningConfig, config: Any) -> float:
+    """Returns the coefficient of the load-balance loss: the one asked for, or the model's own."""
+    if tuning.load_balance != "auto":
+        return float(tuning.load_balance)
+    experts = getattr(config, "experts", None)
+    return experts.load_balance if experts is not None else 0.0
 
 
 def load_trainable(
@@ -122,9 +146,9 @@ def load_trainable(
 def load_frozen(
     plan: ModelPlan, folder: HFFolder, *, mesh: Any, init: str, keep_file_dtypes: bool, progress: Progress
 ) -> nnx.State:
-    """Returns what is not trained, on the mesh: under LoRA the whole model, otherwise nothing."""
+    """Returns what is not trained, on the mesh: under LoRA the whole model, otherwise little (routers) or nothing."""
     places = parameter_shardings(plan.frozen, mesh)
-    if not plan.adapted:
+    if not jax.tree.leaves(plan.frozen):
         return plan.frozen
     if init == "random":
         return create_on_mesh(lambda: plan.make()[1], places)
@@ -132,8 +156,8 @@ def load_frozen(
     return load_params(folder, plan.frozen, shardings=places, dtype_of=dtype_of, progress=progress)
 
 
-def decoder_config(folder: HFFolder) -> DecoderConfig:
-    """Returns what the folder's config.json says, as a decoder's configuration."""
+def model_config(folder: HFFolder) -> Any:
+    """Returns what the folder's config.json says, as our configuration of the model."""
     return family_of(folder.config, where=folder.path).read_config(folder.config)
 
 

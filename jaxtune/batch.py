@@ -30,6 +30,21 @@ class Batch(NamedTuple):
     loss_weights: Any  # float32
     source_ids: Any  # int32
 
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the model reads, in the order of its arguments."""
+        return self.tokens, self.positions, self.segment_ids
+
+    @property
+    def token_count(self) -> Any:
+        """How many positions hold a token."""
+        return (self.segment_ids > 0).sum()
+
+    @property
+    def room(self) -> int:
+        """How many positions there are, padding included."""
+        return int(self.segment_ids.size)
+
 
 class PairBatch(NamedTuple):
     """One global batch of packed pairs for an encoder-decoder; encoder fields `[B S]`, the others `[B T]`.
@@ -58,6 +73,25 @@ class PairBatch(NamedTuple):
     loss_weights: Any  # float32
     source_ids: Any  # int32
 
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the model reads, in the order of its arguments."""
+        encoder = (self.encoder_tokens, self.encoder_positions, self.encoder_segment_ids)
+        return (*encoder, self.tokens, self.positions, self.segment_ids)
+
+    @property
+    def token_count(self) -> Any:
+        """How many positions hold a token, on both sides."""
+        return (self.encoder_segment_ids > 0).sum() + (self.segment_ids > 0).sum()
+
+    @property
+    def room(self) -> int:
+        """How many positions there are on both sides, padding included."""
+        return int(self.encoder_segment_ids.size + self.segment_ids.size)
+
+
+AnyBatch = Batch | PairBatch
+
 
 class ExampleId(NamedTuple):
     """Names one example of the stream: row `row` of source `source`, seen for the `epoch`-th time (from 0)."""
@@ -74,5 +108,5 @@ class HostBatch(NamedTuple):
     segment s of row i.
     """
 
-    arrays: Batch | PairBatch
+    arrays: AnyBatch
     examples: tuple[tuple[ExampleId, ...], ...]

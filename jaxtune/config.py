@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# Of an encoder-decoder's rows where the configuration says nothing: encoder and decoder, as FLAN-T5 was tuned.
+PAIR_LENGTHS = (2048, 512)
 
 
 class Section(BaseModel):
@@ -39,6 +41,9 @@ class ModelConfig(Section):
     remat: Literal["auto", "none", "dots", "minimal", "mid", "full"] = Field(
         "auto", description="what the backward pass recomputes; auto is none on CPU and minimal elsewhere"
     )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="dropout inside an encoder-decoder while it is trained; adapters have tuning.dropout"
+    )
 
 
 class TuningConfig(Section):
@@ -54,6 +59,15 @@ class TuningConfig(Section):
     loss_weighting: Literal["token", "example"] = Field(
         "token", description="token: every trained token counts the same; example: every example counts the same"
     )
+    routers: Literal["train", "freeze"] = Field(
+        "train", description="full tuning of a mixture of experts: whether its routers are trained (LoRA freezes them)"
+    )
+    load_balance: Literal["auto"] | Annotated[float, Field(ge=0.0)] = Field(
+        "auto",
+        description="coefficient of the load-balance loss; auto is config.json's router_aux_loss_coef where it says "
+        "output_router_logits, else 0, as transformers trains",
+    )
+    router_z: Annotated[float, Field(ge=0.0)] = Field(0.0, description="coefficient of the routers' z-loss")
 
 
 class MixingConfig(Section):
@@ -215,7 +229,11 @@ class DataConfig(Section):
         "vicuna, zephyr, or a Jinja file",
     )
     max_length: Positive | None = Field(
-        None, description="tokens per row (T); default min(2048, the model's positions)"
+        None,
+        description="tokens per row (T); default min(2048, the model's positions), of an encoder-decoder's answers 512",
+    )
+    encoder_length: Positive | None = Field(
+        None, description="encoder-decoder: tokens per row that the encoder reads (S); default 2048"
     )
     packing: bool = Field(True, description="several examples a row, isolated from one another")
     train_on: Literal["assistant", "last", "all"] = "assistant"

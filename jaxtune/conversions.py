@@ -38,8 +38,9 @@ def merge(path: str, output: str, *, base: str | None = None, say: Callable[[str
     if os.path.exists(os.path.join(output, "config.json")):
         raise ValueError(f"--output: {output} already holds a model; expected a new folder")
     folder = open_folder(place.base)
-    config = family_of(folder.config, where=place.base).read_config(folder.config)
-    _, abstract = nnx.split(nnx.eval_shape(lambda: declare(config, place.adapter, jnp.float32)))
+    family = family_of(folder.config, where=place.base)
+    config = family.read_config(folder.config)
+    _, abstract = nnx.split(nnx.eval_shape(lambda: declare(family, config, place.adapter, jnp.float32)))
     shardings = parameter_shardings(abstract, make_mesh({"fsdp": -1}, jax.devices()))
     say(f"merging {place.adapter.folder.path} into {place.base}")
     params = load_params(folder, abstract, shardings=shardings, dtype_of=file_dtypes(folder))

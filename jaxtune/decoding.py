@@ -5,6 +5,8 @@ written behind the padding, and positions and segments say what belongs together
 
     prompts    [[5 9 13 0]      lengths [3 4]     cache slots   5 9 13 . | a b
                 [7 7 20 31]]                                     7 7 20 31| c d
+
+An encoder-decoder (`PairDecoding`) reads the prompts with its encoder, and the cache's slots are those of the answer.
 """
 
 import math
@@ -18,7 +20,8 @@ from flax import nnx
 
 from jaxtune import sharding
 from jaxtune.models.attention import xla
-from jaxtune.models.decoder import Cache, DecoderConfig, init_cache
+from jaxtune.models.decoder import init_cache
+from jaxtune.models.t5_layers import plain
 
 CACHE_AXES = (None, "batch", None, "kv_heads", None)  # of keys and values, [count B S K H]
 
@@ -40,7 +43,7 @@ class Rows(NamedTuple):
 class Progress(NamedTuple):
     """Rows on their way: `tokens` int32 [B M] chosen so far, `counts` [B] of them, `done` [B], `step` of all rows."""
 
-    cache: Cache
+    cache: Any  # of `models.decoder` or `models.t5`
     logits: jax.Array  # [B V], from which the next token is chosen
     tokens: jax.Array
     counts: jax.Array
@@ -51,7 +54,7 @@ class Progress(NamedTuple):
 class Decoding:
     """The compiled functions of one model: `batch` answers rows on the device, `begin` and `advance` step by step."""
 
-    def __init__(self, graph: nnx.GraphDef, config: DecoderConfig, *, stop_ids: Sequence[int], dtype: Any) -> None:
+    def __init__(self, graph: nnx.GraphDef, config: Any, *, stop_ids: Sequence[int], dtype: Any) -> None:
         """Compiles nothing yet; each new shape of prompts is compiled when it is first met."""
         self.config, self.dtype = config, dtype
         self._graph, self._stop_ids = graph, tuple(stop_ids)
@@ -74,14 +77,8 @@ class Decoding:
         B, T = prompts.shape
         index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         inside = index < rows.lengths[:, None]
-        cache = init_cache(self.config, batch=B, capacity=T + new_tokens, dtype=self.dtype)
-        logits, cache = self._forward(
-            state,
-            cache,
-            prompts,
-            jnp.where(inside, index, 0),
-            inside.astype(jnp.int32),
-            last=jnp.maximum(rows.lengths - 1, 0),
+        logits, cache = self._read(
+            state, prompts, jnp.where(inside, index, 0), inside.astype(jnp.int32), rows.lengths, new_tokens
         )
         return Progress(
             cache=cache,
@@ -104,32 +101,87 @@ class Decoding:
             state,
             progress.cache,
             chosen[:, None],
-            (rows.lengths + progress.step)[:, None],
+            self._positions(rows, progress.step)[:, None],
             jnp.ones_like(chosen)[:, None],
             last=jnp.zeros_like(counts),
         )
         return Progress(cache, logits, tokens, counts, done, progress.step + 1)
 
+    def _read(
+        self,
+        state: nnx.State,
+        prompts: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        lengths: jax.Array,
+        new_tokens: int,
+    ) -> tuple[jax.Array, Any]:
+        """Returns the logits `[B V]` of each answer's first token, and the cache with the prompts in it."""
+        B, T = prompts.shape
+        cache = init_cache(self.config, batch=B, capacity=T + new_tokens, dtype=self.dtype)
+        return self._forward(state, cache, prompts, positions, segment_ids, last=jnp.maximum(lengths - 1, 0))
+
+    def _positions(self, rows: Rows, step: jax.Array) -> jax.Array:
+        """Returns the positions `[B]` of the answers' token number `step`."""
+        return rows.lengths + step
+
+    def _run(self, model: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Any) -> Any:
+        # xla: the library kernels take no cache
+        return model(tokens, positions, segment_ids, compute_dtype=self.dtype, attention=xla, cache=cache)
+
     def _forward(
         self,
         state: nnx.State,
-        cache: Cache,
+        cache: Any,
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
         last: jax.Array,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Any]:
         """Returns the logits `[B V]` of each row's token number `last`, and the cache with the tokens in it."""
         model = nnx.merge(self._graph, state)
-        place = partial(sharding.constrain, axes=CACHE_AXES)
-        cache = cache._replace(keys=tuple(map(place, cache.keys)), values=tuple(map(place, cache.values)))
-        hidden, cache = model(
-            tokens, positions, segment_ids, compute_dtype=self.dtype, attention=xla, cache=cache
-        )  # xla: the library kernels take no cache
-        cache = cache._replace(keys=tuple(map(place, cache.keys)), values=tuple(map(place, cache.values)))
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        return model.logits(hidden)[:, 0], cache
+        output = self._run(model, tokens, positions, segment_ids, _placed(cache))
+        hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)
+        return model.logits(hidden)[:, 0], _placed(output.cache)
+
+
+class PairDecoding(Decoding):
+    """As `Decoding`, for an encoder-decoder: its answers begin behind a start token of their own, at position 0."""
+
+    def _read(
+        self,
+        state: nnx.State,
+        prompts: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        lengths: jax.Array,
+        new_tokens: int,
+    ) -> tuple[jax.Array, Any]:
+        model = nnx.merge(self._graph, state)
+        cache = model.read(
+            prompts, positions, segment_ids, capacity=1 + new_tokens, compute_dtype=self.dtype, attention=plain
+        )
+        zeros = jnp.zeros((len(prompts), 1), jnp.int32)
+        return self._forward(state, cache, zeros + self.config.start_token, zeros, zeros + 1, last=zeros[:, 0])
+
+    def _positions(self, rows: Rows, step: jax.Array) -> jax.Array:
+        return jnp.zeros_like(rows.lengths) + step + 1
+
+    def _run(self, model: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Any) -> Any:
+        return model.answer(tokens, positions, segment_ids, cache=cache, compute_dtype=self.dtype, attention=plain)
+
+
+def make_decoding(graph: nnx.GraphDef, config: Any, *, stop_ids: Sequence[int], dtype: Any) -> Decoding:
+    """Returns what decodes for a model of this kind."""
+    kind = PairDecoding if config.is_encoder_decoder else Decoding
+    return kind(graph, config, stop_ids=stop_ids, dtype=dtype)
+
+
+def _placed(cache: Any) -> Any:
+    """Lays the cache's keys and values out over rows and heads."""
+    place = partial(sharding.constrain, axes=CACHE_AXES)
+    return cache._replace(keys=jax.tree.map(place, cache.keys), values=jax.tree.map(place, cache.values))
 
 
 def _likeliest(logits: jax.Array, rows: Rows, step: jax.Array) -> jax.Array:
@@ -170,7 +222,9 @@ def bucket(size: int, smallest: int = 32) -> int:
     return max(smallest, 1 << (size - 1).bit_length())
 
 
-def cache_bytes(config: DecoderConfig, *, capacity: int, dtype: Any) -> int:
-    """Returns the bytes of one row's cache."""
+def cache_bytes(config: Any, *, capacity: int, dtype: Any) -> int:
+    """Returns the bytes of one row's cache, for `capacity` tokens of prompt and answer together."""
+    if config.is_encoder_decoder:  # a token of either side has a key and a value in every layer of the decoder
+        return 2 * capacity * config.decoder_layers * config.num_heads * config.head_dim * jnp.dtype(dtype).itemsize
     cache = jax.eval_shape(lambda: init_cache(config, batch=1, capacity=capacity, dtype=dtype))
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in (*cache.keys, *cache.values))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune.batch import Batch, HostBatch
+from jaxtune.batch import AnyBatch, HostBatch
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.data.stream import Stream
@@ -114,12 +114,10 @@ class Loop:
                 for row in batch.examples:
                     for example in row:
                         self._seen[example.source] += 1
-                real = int((batch.arrays.segment_ids > 0).sum())
+                real = int(batch.arrays.token_count)
                 trained = int((batch.arrays.loss_weights > 0).sum())
                 tokens += real
-                self._meter.count(
-                    tokens_all=batch.arrays.tokens.size, tokens=real, trained_tokens=trained, waited=waited
-                )
+                self._meter.count(tokens_all=batch.arrays.room, tokens=real, trained_tokens=trained, waited=waited)
                 if not runs_ahead:
                     loss, done = self._watch(done, bar), None
                 evaluates = self.eval_step is not None and (step % every_eval == 0 or step == self.steps)
@@ -146,8 +144,8 @@ class Loop:
         self.log.write(step, phase=len(ends), phase_first_draw=ends[-1])
         self.terminal.say(f"step {step}: phase {len(ends) + 1} of the mixture begins with draw {ends[-1]:,}")
 
-    def _put(self, batch: HostBatch) -> Batch:
-        return Batch(*jax.device_put(tuple(batch.arrays), batch_sharding(self.mesh)))
+    def _put(self, batch: HostBatch) -> AnyBatch:
+        return jax.device_put(batch.arrays, batch_sharding(self.mesh))
 
     def _watch(self, done: Done, bar: Any) -> float:
         """Reads an update's numbers, logs them when it is time, and stops a run that has gone wrong."""
@@ -188,6 +186,7 @@ class Loop:
             memory_bytes=memory_bytes(self.mesh.devices.flat[0]),
             sources=sources,
             tags=tags,
+            **({"router": {k: float(v) for k, v in metrics.router._asdict().items()}} if metrics.router else {}),
             **rates,
         )
         rate = rates["tokens_per_second"] or 0.0
@@ -262,7 +261,8 @@ class Loop:
 def _on_host(metrics: StepMetrics) -> StepMetrics:
     """Reads an update's numbers: scalars as plain numbers, sums by source as arrays."""
     found: StepMetrics = jax.device_get(metrics)
-    return found._replace(**{name: value.item() for name, value in found._asdict().items() if name != "sources"})
+    scalars = {name: value.item() for name, value in found._asdict().items() if name not in ("sources", "router")}
+    return found._replace(**scalars)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,21 @@ class TokenLosses(NamedTuple):
     correct: jax.Array
 
 
+class _Plan(NamedTuple):
+    """How one device computes its tokens' losses: what is known when the step is compiled.
+
+    `token_axes`: mesh axes that sums run over. `vocab_axis`, `width_axis`: axes that the head is split over, or None.
+    """
+
+    chunk: int
+    train_head: bool
+    logit_scale: float
+    softcap: float | None
+    token_axes: tuple[str, ...] = ()
+    vocab_axis: str | None = None
+    width_axis: str | None = None
+
+
 def token_losses(
     hidden: jax.Array,
     head: jax.Array,
@@ -39,6 +54,8 @@ def token_losses(
     targets: jax.Array,
     weights: jax.Array,
     train_head: bool,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     chunk: int = 1024,
 ) -> TokenLosses:
     """Returns the weighted cross-entropy of a batch.
@@ -48,25 +65,28 @@ def token_losses(
 
     Args:
         hidden: `[B T D]`, the decoder's output.
-        head: `[D V]`; logits are `hidden @ head`, accumulated in float32 (float64 for float64 input).
+        head: `[D V]`; logits are `hidden @ head`, accumulated in float32 (float64 for float64 input), times
+            `logit_scale`, and then cut off softly at `softcap` where one is given.
         targets: int32 `[B T]`, the next token at each position.
         weights: float32 `[B T]`, >= 0.
         train_head: whether the gradient of `head` is wanted; without it that gradient is zero and costs nothing.
         chunk: tokens per device that pass the head at once.
     """
+    plan = _Plan(chunk, train_head, logit_scale, softcap)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
-        return TokenLosses(*_fused(hidden, head, targets, weights, chunk, train_head, (), None, None))
+        return TokenLosses(*_fused(hidden, head, targets, weights, plan))
     batch_ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if hidden.shape[0] % batch_ways or hidden.shape[1] % mesh.shape["context"]:
         raise ValueError(f"a batch of shape {hidden.shape[:2]} does not divide over the mesh {dict(mesh.shape)}")
     vocab_axis = "tensor" if mesh.shape["tensor"] > 1 and head.shape[1] % mesh.shape["tensor"] == 0 else None
     width_axis = "fsdp" if mesh.shape["fsdp"] > 1 and head.shape[0] % mesh.shape["fsdp"] == 0 else None
+    plan = plan._replace(token_axes=TOKEN_AXES, vocab_axis=vocab_axis, width_axis=width_axis)
     tokens = PartitionSpec(BATCH_AXES, "context")
     head_spec = PartitionSpec(width_axis, vocab_axis)
 
     def on_device(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
-        return _fused(hidden, head, targets, weights, chunk, train_head, TOKEN_AXES, vocab_axis, width_axis)
+        return _fused(hidden, head, targets, weights, plan)
 
     return TokenLosses(
         *jax.shard_map(
@@ -78,34 +98,24 @@ def token_losses(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fused(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    chunk: int,
-    train_head: bool,
-    token_axes: tuple[str, ...],
-    vocab_axis: str | None,
-    width_axis: str | None,
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (total, nll `[B T]`, correct `[B T]`) of one device's tokens; `total` is summed over all devices."""
-    outputs, _ = _pass(hidden, head, targets, weights, chunk, False, False, token_axes, vocab_axis, width_axis)
+    outputs, _ = _pass(hidden, head, targets, weights, plan._replace(train_head=False), with_gradient=False)
     return outputs
 
 
-def _fused_forward(hidden, head, targets, weights, chunk, train_head, token_axes, vocab_axis, width_axis):  # type: ignore[no-untyped-def]
-    outputs, gradients = _pass(
-        hidden, head, targets, weights, chunk, True, train_head, token_axes, vocab_axis, width_axis
-    )
-    return outputs, gradients
+def _fused_forward(hidden, head, targets, weights, plan):  # type: ignore[no-untyped-def]
+    return _pass(hidden, head, targets, weights, plan, with_gradient=True)
 
 
-def _fused_backward(chunk, train_head, token_axes, vocab_axis, width_axis, gradients, cotangents):  # type: ignore[no-untyped-def]
+def _fused_backward(plan, gradients, cotangents):  # type: ignore[no-untyped-def]
     hidden_gradient, head_gradient = gradients
     # With the replication check off, shard_map hands each of `ways` devices 1/ways of a replicated output's cotangent.
-    scale = jax.lax.psum(cotangents[0], (*token_axes, "tensor")) if token_axes else cotangents[0]
+    axes = plan.token_axes
+    scale = jax.lax.psum(cotangents[0], (*axes, "tensor")) if axes else cotangents[0]
     return (
         hidden_gradient * scale.astype(hidden_gradient.dtype),
         head_gradient * scale.astype(head_gradient.dtype),
@@ -122,15 +132,13 @@ def _pass(
     head: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    chunk: int,
+    plan: _Plan,
+    *,
     with_gradient: bool,
-    train_head: bool,
-    token_axes: tuple[str, ...],
-    vocab_axis: str | None,
-    width_axis: str | None,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
     """One pass over this device's tokens: losses, and with them the gradients of `hidden` and `head`."""
     B, T, D = hidden.shape
+    chunk, train_head, _, _, token_axes, vocab_axis, width_axis = plan
     full_head = jax.lax.all_gather(head, width_axis, axis=0, tiled=True) if width_axis else head
     exact = jnp.promote_types(hidden.dtype, jnp.float32)
     count = B * T
@@ -148,12 +156,14 @@ def _pass(
         x = flat_hidden.at[index].get(mode="fill", fill_value=0)
         w = flat_weights.at[index].get(mode="fill", fill_value=0).astype(exact)
         y = flat_targets.at[index].get(mode="fill", fill_value=0)
-        logits = jnp.einsum("tD,DV->tV", x, full_head.astype(x.dtype), preferred_element_type=exact)
+        logits, slope = _soften(
+            jnp.einsum("tD,DV->tV", x, full_head.astype(x.dtype), preferred_element_type=exact), plan
+        )
         nll, correct, log_normalizer, is_target = _softmax_statistics(logits, y, vocab_axis)
         if not with_gradient:
             return head_gradient, (nll, correct, jnp.zeros((), hidden.dtype))
         dlogits = (jnp.exp(logits - log_normalizer[:, None]) - is_target) * w[:, None]
-        dlogits = dlogits.astype(hidden.dtype)
+        dlogits = (dlogits if slope is None else dlogits * slope).astype(hidden.dtype)
         dx = jnp.einsum("tV,DV->tD", dlogits, full_head.astype(x.dtype), preferred_element_type=exact)
         if train_head:
             head_gradient += jnp.einsum("tD,tV->DV", x, dlogits, preferred_element_type=exact)
@@ -187,6 +197,15 @@ def _pass(
     if width_axis:
         head_gradient = jax.lax.psum_scatter(head_gradient, width_axis, scatter_dimension=0, tiled=True)
     return outputs, (dhidden.astype(hidden.dtype), (head_gradient / copies).astype(head.dtype))
+
+
+def _soften(products: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array | float | None]:
+    """Returns the logits of `hidden @ head`, and their derivative by it (None: 1)."""
+    logits = products if plan.logit_scale == 1 else products * plan.logit_scale
+    if plan.softcap is None:
+        return logits, None if plan.logit_scale == 1 else plan.logit_scale
+    bent = jnp.tanh(logits / plan.softcap)
+    return plan.softcap * bent, (1 - jnp.square(bent)) * plan.logit_scale
 
 
 def _softmax_statistics(

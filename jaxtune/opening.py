@@ -16,7 +16,7 @@ from jaxtune.convert.hf import load_params
 from jaxtune.convert.peft import Adapter, load_adapter, open_adapter
 from jaxtune.data.chat.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.decode import ConfigError, decode
-from jaxtune.models.decoder import Decoder, DecoderConfig
+from jaxtune.models.family import Family
 from jaxtune.models.registry import family_of
 from jaxtune.sharding import make_mesh, parameter_shardings
 
@@ -38,7 +38,7 @@ class Opened(NamedTuple):
     """
 
     name: str
-    config: DecoderConfig
+    config: Any
     graph: nnx.GraphDef
     state: nnx.State
     mesh: Mesh
@@ -72,14 +72,15 @@ def open_model(
     """
     place = find(path, base=base)
     folder = open_folder(place.base)
-    chat = open_template(place, template)
-    config = family_of(folder.config, where=place.base).read_config(folder.config)
-    mesh = asking_mesh(config, devices)
+    family = family_of(folder.config, where=place.base)
+    config = family.read_config(folder.config)
+    chat = open_template(place, template, otherwise="plain" if config.is_encoder_decoder else None)
+    mesh = asking_mesh(config.num_kv_heads, devices)
     if dtype == "auto":
         compute = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
     else:
         compute = DTYPES[dtype]
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: declare(config, place.adapter, compute)))
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: declare(family, config, place.adapter, compute)))
     shardings = parameter_shardings(abstract, mesh)
     state = load_params(folder, abstract, shardings=shardings, progress=progress)
     name = place.base
@@ -136,12 +137,18 @@ def _base_of(adapter: Adapter, base: str | None) -> str:
         raise ValueError(f"{told}: {error}" + ("" if base else "; or give its folder with --base PATH")) from error
 
 
-def open_template(place: Place, name: str) -> ChatTemplate:
-    """Returns the chat template called `name` on the tokenizer of the adapter, or of the base where it has none."""
+def open_template(place: Place, name: str, *, otherwise: str | None = None) -> ChatTemplate:
+    """Returns the chat template called `name` on the tokenizer of the adapter, or of the base where it has none.
+
+    Args:
+        otherwise: what auto means where the tokenizer has no chat template.
+    """
     where = place.base
     if place.adapter is not None and any(_has(place.adapter.folder.path, file) for file in TOKENIZER_FILES):
         where = place.adapter.folder.path
     tokenizer = load_tokenizer(where)
+    if name == "auto" and not tokenizer.chat_template and otherwise is not None:
+        name = otherwise
     if name == "auto" and not tokenizer.chat_template:
         raise ValueError(
             f"{where}: its tokenizer has no chat template; name the one that the model was tuned with: `--template "
@@ -154,16 +161,16 @@ def open_template(place: Place, name: str) -> ChatTemplate:
         raise ValueError(told) from error
 
 
-def asking_mesh(config: DecoderConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def asking_mesh(kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh that splits heads over as many devices as divide the kv heads, and rows over the others."""
     devices = list(jax.devices() if devices is None else devices)
-    ways = max(n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and config.num_kv_heads % n == 0)
+    ways = max(n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and kv_heads % n == 0)
     return make_mesh({"tensor": ways, "data": len(devices) // ways}, devices)
 
 
-def declare(config: DecoderConfig, adapter: Adapter | None, dtype: Any) -> Decoder:
-    """Returns the decoder with the adapter's matrices attached; call it under `nnx.eval_shape`."""
-    model = Decoder(config, key=jax.random.key(0), param_dtype=dtype)
+def declare(family: Family, config: Any, adapter: Adapter | None, dtype: Any) -> nnx.Module:
+    """Returns the model with the adapter's matrices attached; call it under `nnx.eval_shape`."""
+    model = family.build(config, key=jax.random.key(0), param_dtype=dtype)
     if adapter is not None:
         adapters.attach(model, **adapter.attach_options(), key=jax.random.key(0))
     return model

@@ -60,13 +60,15 @@ def _putter(transpose: bool, dtype: Any, sharding: Sharding) -> Callable[[jax.Ar
 
 
 @functools.cache
-def _filler(transpose: bool, sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    def fill(stack: jax.Array, rows: jax.Array, layer: jax.Array) -> jax.Array:
-        one_layer = sharding
+def _filler(transpose: bool, sharding: Sharding) -> Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]:
+    def fill(stack: jax.Array, rows: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        depth = len(index)
+        one = sharding
         if isinstance(sharding, NamedSharding):
-            one_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        moved = _move(rows, transpose, one_layer).astype(stack.dtype)
-        return jax.lax.dynamic_update_index_in_dim(stack, moved, layer, 0)
+            one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[depth:]))
+        moved = _move(rows, transpose, one).astype(stack.dtype)
+        start = [*index, *(jnp.zeros((), jnp.int32) for _ in moved.shape)]
+        return jax.lax.dynamic_update_slice(stack, moved.reshape((1,) * depth + moved.shape), start)
 
     return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
@@ -95,20 +97,22 @@ def put(rows: jax.Array, *, transpose: bool, dtype: Any, sharding: Sharding) -> 
 
 
 def empty_stack(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
-    """Makes the buffer that a stacked parameter is filled into, layer by layer."""
+    """Makes the buffer that a stacked parameter is filled into, piece by piece."""
     return _zeros(shape, np.dtype(dtype), sharding)()
 
 
-def fill(stack: jax.Array, rows: jax.Array, layer: int, *, transpose: bool, sharding: Sharding) -> jax.Array:
-    """Writes one layer into a stacked parameter in place: `stack` is donated, use the result."""
-    return _filler(transpose, sharding)(stack, rows, layer)
+def fill(
+    stack: jax.Array, rows: jax.Array, index: tuple[int, ...], *, transpose: bool, sharding: Sharding
+) -> jax.Array:
+    """Writes one layer (and expert) into a stacked parameter in place: `stack` is donated, use the result."""
+    return _filler(transpose, sharding)(stack, rows, index)
 
 
 @functools.cache
-def _taker(stacked: bool, transpose: bool, scale: float | None, dtype: Any, out: Sharding | None) -> Callable:
-    def take(leaves: tuple[jax.Array, ...], layer: jax.Array) -> jax.Array:
-        if stacked:
-            leaves = tuple(jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) for leaf in leaves)
+def _taker(transpose: bool, scale: float | None, dtype: Any, out: Sharding | None) -> Callable:
+    def take(leaves: tuple[jax.Array, ...], index: tuple[jax.Array, ...]) -> jax.Array:
+        for i in index:
+            leaves = tuple(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False) for leaf in leaves)
         value = leaves[0]
         if scale is not None:
             value = add_update(*leaves, scale=scale)
@@ -126,7 +130,7 @@ def add_update(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, *, scale
 
 def take(
     leaf: jax.Array,
-    layer: int | None,
+    index: tuple[int, ...],
     *,
     transpose: bool,
     dtype: Any,
@@ -135,8 +139,8 @@ def take(
     """Brings one tensor back to the host as a checkpoint holds it; every process must call it, and all get it.
 
     Args:
-        leaf: the parameter, `[in out]` or stacked `[L in out]`.
-        layer: which layer of a stacked parameter; None where it is not stacked.
+        leaf: the parameter, `[in out]` or stacked `[L in out]`, `[L E in out]`.
+        index: which layer, and which expert, of a stacked parameter; empty where it is not stacked.
         dtype: of the result; cast once, at the end.
         update: an adapter's (A, B, scale), added in float32.
     """
@@ -147,5 +151,5 @@ def take(
     everywhere = None
     if jax.process_count() > 1 and isinstance(leaf.sharding, NamedSharding):
         everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    taken = _taker(layer is not None, transpose, scale, np.dtype(dtype), everywhere)(leaves, layer or 0)
+    taken = _taker(transpose, scale, np.dtype(dtype), everywhere)(leaves, index)
     return np.asarray(taken)

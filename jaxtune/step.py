@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxtune.batch import Batch
+from jaxtune.batch import AnyBatch
 from jaxtune.loss import TokenLosses, token_losses
+from jaxtune.models.experts import RouterSums
+from jaxtune.router_loss import RouterMetrics, load_balance, router_metrics, z_loss
 from jaxtune.sharding import constrain_parameters, parameter_shardings, replicated
 
 
@@ -39,9 +41,9 @@ class SourceSums(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Numbers of one update: scalars, but for `sources`. `loss` is the weighted mean in nats.
+    """Numbers of one update: scalars, but for `sources` and `router`. `loss` is the weighted mean in nats.
 
-    `finite` says whether the update was applied.
+    `finite` says whether the update was applied. `router` is None where no layer is sparse.
     """
 
     loss: Any
@@ -52,6 +54,7 @@ class StepMetrics(NamedTuple):
     finite: Any
     bad_steps: Any
     sources: SourceSums
+    router: RouterMetrics | None
 
 
 class EvalSums(NamedTuple):
@@ -69,7 +72,9 @@ class Compute(NamedTuple):
 
     `attention` is a resolved kernel of `models.attention`; `remat` names a policy of the decoder; `microbatches` is the
     number of parts that a batch is computed in; `train_head` says whether the unembedding is trained; `sources` is the
-    number S of sources that losses are told for.
+    number S of sources that losses are told for. `load_balance` and `router_z` are the coefficients of the losses of
+    `router_loss`, each taken over a microbatch and weighted as its tokens are. `dropout_rate` is that of the model's
+    own dropout, which draws from `dropout_seed` as adapters' does.
     """
 
     dtype: Any
@@ -79,6 +84,17 @@ class Compute(NamedTuple):
     train_head: bool
     dropout_seed: int | None = None
     sources: int = 1
+    load_balance: float = 0.0
+    router_z: float = 0.0
+    dropout_rate: float = 0.0
+
+
+class _Told(NamedTuple):
+    """What a microbatch says besides its gradient: the sum of its tokens' losses, by source too, and its routers."""
+
+    loss: Any
+    sources: SourceSums
+    router: RouterSums | None
 
 
 # What the compiler is told besides its defaults, by platform of the mesh. On TPU: no windowed collective matmuls
@@ -94,37 +110,44 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 
 def make_train_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, compute: Compute
-) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, StepMetrics]]:
+) -> Callable[[TrainState, nnx.State, AnyBatch], tuple[TrainState, StepMetrics]]:
     """Returns `train_step(state, frozen, batch)`, a pure function ready for `jax.jit`.
 
     An update whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
     """
 
-    def loss_sum(trainable: nnx.State, frozen: nnx.State, batch: Batch, keys: Any) -> tuple[jax.Array, SourceSums]:
-        losses = _losses(nnx.merge(graph, trainable, frozen), batch, compute, keys)
-        return losses.total, _by_source(losses, batch, compute.sources)
+    def loss_sum(
+        trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, keys: Any
+    ) -> tuple[jax.Array, _Told]:
+        losses, router = _losses(nnx.merge(graph, trainable, frozen), batch, compute, keys)
+        total = losses.total
+        if router is not None and (compute.load_balance or compute.router_z):
+            penalty = compute.load_balance * load_balance(router) + compute.router_z * z_loss(router)
+            total += jnp.sum(batch.loss_weights) * penalty
+        return total, _Told(losses.total, _by_source(losses, batch, compute.sources), router)
 
-    def train_step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, frozen: nnx.State, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
         keys = _row_keys(compute.dropout_seed, state.step, batch.tokens.shape[0])
-        gradient_of = jax.value_and_grad(loss_sum, has_aux=True)
+        gradient_of = jax.grad(loss_sum, has_aux=True)
         if compute.microbatches == 1:
-            (total, sources), gradient = gradient_of(state.trainable, frozen, batch, keys)
+            gradient, told = gradient_of(state.trainable, frozen, batch, keys)
         else:
 
             def add(sums: tuple, part: tuple) -> tuple:
-                losses, gradient = gradient_of(state.trainable, frozen, *part)
-                return constrain_parameters_in(jax.tree.map(jnp.add, sums, (losses, gradient))), None
+                gradient, told = gradient_of(state.trainable, frozen, *part)
+                return constrain_parameters_in(jax.tree.map(jnp.add, sums, (told, gradient))), None
 
-            nothing = jnp.zeros((), jnp.promote_types(compute.dtype, jnp.float32))
-            nowhere = SourceSums(*(jnp.zeros(compute.sources, jnp.float32) for _ in SourceSums._fields))
+            parts = split_rows((batch, keys), compute.microbatches)
+            first = jax.tree.map(lambda x: x[0], parts)
+            nothing = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, state.trainable, frozen, *first)[1]
+            )
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), state.trainable)
-            start = constrain_parameters_in(((nothing, nowhere), zeros))
-            (losses, gradient), _ = jax.lax.scan(add, start, split_rows((batch, keys), compute.microbatches))
-            total, sources = losses
+            (told, gradient), _ = jax.lax.scan(add, constrain_parameters_in((nothing, zeros)), parts)
 
         weight = jnp.sum(batch.loss_weights)
-        divisor = jnp.where(weight > 0, weight, 1).astype(total.dtype)
-        loss = total / divisor
+        divisor = jnp.where(weight > 0, weight, 1).astype(told.loss.dtype)
+        loss = told.loss / divisor
         gradient = jax.tree.map(lambda g: g.astype(_wide(g)) / divisor.astype(_wide(g)), gradient)
         gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, state.trainable)
         grad_norm = optax.global_norm(gradient)
@@ -140,11 +163,12 @@ def make_train_step(
             loss=loss,
             weight=weight,
             grad_norm=grad_norm,
-            tokens=jnp.sum(batch.segment_ids > 0),
+            tokens=batch.token_count,
             trained_tokens=jnp.sum(batch.loss_weights > 0),
             finite=finite,
             bad_steps=bad_steps,
-            sources=sources,
+            sources=told.sources,
+            router=router_metrics(told.router) if told.router is not None else None,
         )
         new_state = TrainState(
             step=state.step + 1,
@@ -157,11 +181,13 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(graph: nnx.GraphDef, compute: Compute) -> Callable[[nnx.State, nnx.State, Batch], EvalSums]:
+def make_eval_step(
+    graph: nnx.GraphDef, compute: Compute
+) -> Callable[[nnx.State, nnx.State, AnyBatch], EvalSums]:
     """Returns `eval_step(trainable, frozen, batch)`, which gives scalars only: logits never leave the device."""
 
-    def part_sums(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> EvalSums:
-        losses = _losses(nnx.merge(graph, trainable, frozen), batch, compute, None)
+    def part_sums(trainable: nnx.State, frozen: nnx.State, batch: AnyBatch) -> EvalSums:
+        losses, _ = _losses(nnx.merge(graph, trainable, frozen), batch, compute, None)
         return EvalSums(
             loss=losses.total,
             weight=jnp.sum(batch.loss_weights),
@@ -170,7 +196,7 @@ def make_eval_step(graph: nnx.GraphDef, compute: Compute) -> Callable[[nnx.State
             sources=_by_source(losses, batch, compute.sources),
         )
 
-    def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> EvalSums:
+    def eval_step(trainable: nnx.State, frozen: nnx.State, batch: AnyBatch) -> EvalSums:
         if compute.microbatches == 1:
             return part_sums(trainable, frozen, batch)
         # The same portions as in training: what fits there fits here.
@@ -180,7 +206,7 @@ def make_eval_step(graph: nnx.GraphDef, compute: Compute) -> Callable[[nnx.State
     return eval_step
 
 
-def _by_source(losses: TokenLosses, batch: Batch, sources: int) -> SourceSums:
+def _by_source(losses: TokenLosses, batch: AnyBatch, sources: int) -> SourceSums:
     """Adds tokens' losses up by the source that each came from; padding has weight 0."""
     weights = batch.loss_weights.astype(jnp.float32)
     values = jnp.stack([losses.nll.astype(jnp.float32) * weights, weights, losses.correct * weights], axis=-1)
@@ -188,23 +214,27 @@ def _by_source(losses: TokenLosses, batch: Batch, sources: int) -> SourceSums:
     return SourceSums(*jnp.moveaxis(jax.lax.stop_gradient(sums), 1, 0))
 
 
-def _losses(model: Any, batch: Batch, compute: Compute, keys: Any) -> Any:
-    hidden = model(
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
+def _losses(model: Any, batch: AnyBatch, compute: Compute, keys: Any) -> tuple[TokenLosses, RouterSums | None]:
+    dropout = {"dropout_rate": compute.dropout_rate} if compute.dropout_rate else {}  # few models have their own
+    output = model(
+        *batch.inputs,
         compute_dtype=compute.dtype,
         attention=compute.attention,
         remat=compute.remat,
         dropout_keys=keys,
+        **dropout,
     )
-    return token_losses(
-        hidden,
-        model.unembedding(),
+    head = model.head()
+    losses = token_losses(
+        output.hidden,
+        head.kernel,
         targets=batch.targets,
         weights=batch.loss_weights,
         train_head=compute.train_head,
+        logit_scale=head.scale,
+        softcap=head.softcap,
     )
+    return losses, output.router
 
 
 def _wide(x: Any) -> Any:
@@ -267,7 +297,7 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: nnx.Stat
 
 
 def compile_train_step(
-    train_step: Callable, state: TrainState, frozen: nnx.State, batch: Batch, *, platform: str
+    train_step: Callable, state: TrainState, frozen: nnx.State, batch: AnyBatch, *, platform: str
 ) -> Any:
     """Compiles the update for arguments that carry shardings (arrays, or ShapeDtypeStructs for absent hardware).
 
@@ -279,7 +309,7 @@ def compile_train_step(
 
 
 def compile_eval_step(
-    eval_step: Callable, trainable: nnx.State, frozen: nnx.State, batch: Batch, *, platform: str
+    eval_step: Callable, trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, *, platform: str
 ) -> Any:
     """Compiles an evaluation for arguments that carry shardings."""
     return (

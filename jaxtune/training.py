@@ -5,13 +5,11 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jaxtune import adapters, assembly, card, hub
-from jaxtune.batch import Batch
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.config import Config
+from jaxtune.config import PAIR_LENGTHS, Config
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import check_space, export_folder
 from jaxtune.convert.peft import export_adapter
@@ -57,7 +55,6 @@ class Inputs(NamedTuple):
 
     base: HFFolder
     template: ChatTemplate | None
-    max_length: int
     stream: Stream | None
     eval_stream: Stream | None
 
@@ -100,7 +97,7 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
 
         plan = _plan_model(config, inputs)
         optimizer = make_optimizer(config, max(steps, 1), plan.trainable)
-        compute, attention_reason = assembly.resolve_compute(config, mesh.devices.flat[0].platform)
+        compute, attention_reason = assembly.resolve_compute(config, plan, mesh.devices.flat[0].platform)
         terminal.say(_describe_plan(config, plan, steps, attention_reason, inputs))
         _check_disk(config, plan, inputs, folder)
 
@@ -154,10 +151,10 @@ def _compile(
     """Returns the compiled update, and the compiled evaluation where there is something to evaluate."""
     mesh = jax.sharding.get_mesh()
     platform = mesh.devices.flat[0].platform
-    example = _abstract_batch(config, inputs.max_length, mesh)
+    assert inputs.stream is not None
+    example = _abstract_batch(config, inputs.stream, mesh)
     with memory_explained(config, None):
         with terminal.working("compiling the training step"):
-            assert inputs.stream is not None
             update = make_train_step(plan.graph, optimizer, compute._replace(sources=len(inputs.stream.source_names)))
             train_step = compile_train_step(update, state, frozen, example, platform=platform)
         if inputs.eval_stream is None:
@@ -229,21 +226,20 @@ def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple
     path = hub.resolve_folder(config.model.path, config.model.revision)
     base = open_folder(path, needs_weights=config.model.init == "pretrained")
     tokenizer = load_tokenizer(path)
-    decoder = assembly.decoder_config(base)
-    _check_vocabulary(tokenizer, decoder.vocab_size, base.path)
-    positions = decoder.max_positions
-    max_length = config.data.max_length or min(2048, positions)
-    if max_length > positions:
-        raise ValueError(
-            f"data.max_length: found {max_length}; expected at most the model's {positions} positions "
-            f"(max_position_embeddings of {base.path})"
-        )
-    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": max_length})})
+    model = assembly.model_config(base)
+    _check_vocabulary(tokenizer, model.vocab_size, base.path)
+    config = _filled_in(config, model, tokenizer, base.path)
     if not config.data.train:
         own = config.data.template == "auto" and not tokenizer.chat_template
         template = None if own else load_template(config.data.template, tokenizer)
-        return Inputs(base, template, max_length, None, None), config
-    options: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "output_dir": str(folder.path)}
+        return Inputs(base, template, None, None), config
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": config.data.max_length,
+        "output_dir": str(folder.path),
+    }
+    if model.is_encoder_decoder:
+        options |= {"encoder_length": config.data.encoder_length, "start_token": model.start_token}
     with terminal.counting("reading the training data") as progress:
         stream = open_stream(config, **options, progress=progress)
     with terminal.counting("reading the evaluation data") as progress:
@@ -253,7 +249,39 @@ def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple
     if eval_stream is not None:
         terminal.say(f"held out: {eval_stream.funnel.total('examples'):,} examples\n{eval_stream.funnel.table()}")
     template = load_template(config.data.template, tokenizer)
-    return Inputs(base, template, max_length, stream, eval_stream), config
+    return Inputs(base, template, stream, eval_stream), config
+
+
+def _filled_in(config: Config, model: Any, tokenizer: Any, where: str) -> Config:
+    """Returns the configuration with what the model decides: lengths of rows, and an encoder-decoder's template.
+
+    Raises:
+        ValueError: a length beyond the model's positions, or a key that means nothing for this kind of model.
+    """
+    data = config.data
+    if model.is_encoder_decoder:
+        encoder_length, max_length = PAIR_LENGTHS
+        changes: dict[str, Any] = {
+            "encoder_length": data.encoder_length or encoder_length,
+            "max_length": data.max_length or max_length,
+        }
+        if data.template == "auto" and not tokenizer.chat_template:
+            changes["template"] = "plain"  # these models read and write bare text
+        return config.model_copy(update={"data": data.model_copy(update=changes)})
+    for key, found in (("data.encoder_length", data.encoder_length), ("model.dropout", config.model.dropout)):
+        if found:
+            raise ValueError(
+                f"{key}: found {found}, but {where} is a decoder alone, and this key is for an encoder-decoder such "
+                f"as T5; remove it ({'data.max_length' if key.startswith('data') else 'tuning.dropout'} is for all)"
+            )
+    positions = model.max_positions
+    max_length = data.max_length or min(2048, positions)
+    if max_length > positions:
+        raise ValueError(
+            f"data.max_length: found {max_length}; expected at most the model's {positions} positions "
+            f"(max_position_embeddings of {where})"
+        )
+    return config.model_copy(update={"data": data.model_copy(update={"max_length": max_length})})
 
 
 def _check_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> None:
@@ -292,14 +320,15 @@ def _describe_plan(config: Config, plan: assembly.ModelPlan, steps: int, attenti
     trainable, total = adapters.count(plan.trainable), adapters.count((plan.trainable, plan.frozen))
     mesh = jax.sharding.get_mesh()
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    tokens = config.train.batch_rows * inputs.max_length
+    room = inputs.stream.maker.rows.room if inputs.stream else (config.data.max_length or 0,)
+    tokens = config.train.batch_rows * sum(room)
     method = f"lora r {config.tuning.rank} on {', '.join(plan.adapted)}" if plan.adapted else "full"
     return "\n".join(
         [
             f"model {inputs.base.path}: {total:,} parameters, {trainable:,} of them trained "
             f"({trainable / total:.2%}; {method})",
             f"devices {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({split}); {attention_reason}",
-            f"{steps:,} steps of {config.train.batch_rows} rows x {inputs.max_length} = {tokens:,} tokens; "
+            f"{steps:,} steps of {config.train.batch_rows} rows x {' + '.join(map(str, room))} = {tokens:,} tokens; "
             f"{config.optimizer.name}, learning rate {config.learning_rate:g} {config.optimizer.schedule}, "
             f"warm-up {warmup_steps(config, steps)} steps",
             f"writes to {config.output}",
@@ -340,20 +369,23 @@ def _load_state(
     return restored.state, frozen
 
 
-def _abstract_batch(config: Config, max_length: int, mesh: Any) -> Batch:
-    shape, where = (config.train.batch_rows, max_length), batch_sharding(mesh)
-    ints = jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
-    return Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(shape, np.float32, sharding=where), ints)
+def _abstract_batch(config: Config, stream: Stream, mesh: Any) -> Any:
+    """Returns a global batch as shapes, where its arrays will lie."""
+    where = batch_sharding(mesh)
+    empty = stream.maker.rows.lay_out([[]] * config.train.batch_rows)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), empty)
 
 
 def _flops_per_token(config: Config, plan: assembly.ModelPlan) -> float:
     """Returns model FLOPs of training on one token: 6 a parameter, 4 where weights get no gradient.
 
-    The embedding lookup costs none; attention's own part is left out, as in PaLM's appendix B for short rows.
+    The embedding lookup costs none; attention's own part is left out, as in PaLM's appendix B for short rows. A token
+    of an encoder-decoder passes one of the two stacks, taken as half of all.
     """
     total = adapters.count((plan.trainable, plan.frozen))
     embedding = 0 if plan.config.tie_embeddings else plan.config.vocab_size * plan.config.width
-    return (6.0 if config.tuning.method == "full" else 4.0) * (total - embedding)
+    passed = (total - embedding) / (2 if plan.config.is_encoder_decoder else 1)
+    return (6.0 if config.tuning.method == "full" else 4.0) * passed
 
 
 def _best_loss(checkpoints: Checkpoints) -> float | None:

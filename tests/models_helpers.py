@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtune.convert.folder import open_folder
 from jaxtune.convert.hf import load_params
 from jaxtune.models.attention import ATTENTIONS
-from jaxtune.models.decoder import Decoder, DecoderConfig
+from jaxtune.models.decoder import Decoder
+from jaxtune.models.decoder_config import DecoderConfig
 from jaxtune.models.registry import family_of
 
 
@@ -36,8 +37,8 @@ def logits(
     @jax.jit
     def run(state: Any, *arrays: jax.Array) -> jax.Array:
         model = nnx.merge(graph, state)
-        hidden = model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS[attention], **options)
-        return model.logits(hidden)
+        output = model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS[attention], **options)
+        return model.logits(output.hidden)
 
     return np.asarray(run(state, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segment_ids))))
 

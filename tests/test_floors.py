@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loop", "opening"),
     ("assembly", "card"),
     ("convert",),
-    ("step", "adapters", "decoding"),
+    ("step", "router_loss", "adapters", "decoding"),
     ("models",),
     ("data",),
     ("data.wording",),

@@ -71,7 +71,7 @@ class Ready:
             self.optimizer = make_optimizer(self.config, 10, self.plan.trainable)
             places = state_shardings(self.optimizer, self.plan.trainable, self.mesh)
             self.state = create_on_mesh(lambda tree: initial_state(self.optimizer, tree), places, trainable)
-            self.compute, _ = assembly.resolve_compute(self.config, "cpu")
+            self.compute, _ = assembly.resolve_compute(self.config, self.plan, "cpu")
             step = make_train_step(self.plan.graph, self.optimizer, self.compute)
             self.compiled = compile_train_step(step, self.state, self.frozen, batch_of(), platform="cpu")
         self.kept = host(self.state)

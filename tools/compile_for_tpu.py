@@ -48,7 +48,7 @@ def compile_step(config: Config, shape: dict, *, devices: list, length: int) -> 
     mesh = make_mesh(config.mesh.model_dump(), devices)
     dtype, param_dtype = assembly.resolve_dtypes(config, "tpu")
     plan = assembly.plan_model(shape, config.tuning, param_dtype=param_dtype or dtype, seed=0, where="shape")
-    compute, _ = assembly.resolve_compute(config, "tpu")
+    compute, _ = assembly.resolve_compute(config, plan, "tpu")
     optimizer = make_optimizer(config, 1000, plan.trainable)
     abstract = jax.eval_shape(lambda tree: initial_state(optimizer, tree), plan.trainable)
     state = _placed(abstract, state_shardings(optimizer, plan.trainable, mesh))

@@ -137,7 +137,7 @@ def write_random_checkpoint(folder: pathlib.Path, config: dict, *, tokenizer: pa
     shapes = {}
     for name, place in name_table(family, decoder).items():
         if not place.optional:
-            shape = leaves[place.path].shape[0 if place.layer is None else 1 :]
+            shape = leaves[place.path].shape[len(place.index) :]
             shapes[name] = shape[::-1] if place.transpose else shape
     header, at = {}, 0
     for name, shape in shapes.items():

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from jaxtune.convert.folder import HFFolder, open_folder
-from jaxtune.convert.hf import name_table
-from jaxtune.models.registry import family_of
+from jaxtune.convert.hf import table_of
 
 # Architectures of ours that convert_hf_to_gguf.py registers.
 CONVERTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -51,8 +50,7 @@ def _architecture(folder: HFFolder) -> Iterator[Finding]:
 
 
 def _tensors(folder: HFFolder) -> Iterator[Finding]:
-    family = family_of(folder.config, where=folder.path)
-    table = name_table(family, family.read_config(folder.config))
+    table = table_of(folder)[1]
     missing = [name for name, place in table.items() if name not in folder.tensors and not place.optional]
     extra = [name for name in folder.tensors if name not in table]
     for what, names in (("missing", missing), ("not of this architecture", extra)):

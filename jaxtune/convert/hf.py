@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtune import placement
 from jaxtune.convert import folder as folders
 from jaxtune.convert.folder import DTYPE_NAMES, DTYPES, INDEX, SINGLE, HFFolder
-from jaxtune.models.decoder import DecoderConfig
-from jaxtune.models.family import Family
+from jaxtune.models.decoder_config import StackedLayer
+from jaxtune.models.family import Family, Weight
 from jaxtune.models.layers import LoRAParam
 from jaxtune.models.registry import family_of
 
@@ -33,39 +33,71 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lives among the parameters: the leaf's path and, in a stacked leaf, its layer."""
+    """Where one tensor lives among the parameters: the leaf's path and, in a stacked leaf, its layer (and expert)."""
 
     name: str
     path: Path
-    layer: int | None
+    index: tuple[int, ...]
     transpose: bool
     optional: bool
 
 
-def name_table(family: Family, config: DecoderConfig) -> dict[str, Place]:
-    """Writes the family's table out for every layer: tensor name -> place, in the order of a checkpoint."""
-    table: dict[str, Place] = {}
-    weights = family.weights(config)
-    in_layer = [weight for weight in weights if "{layer}" in weight.hf]
+def name_table(family: Family, config: Any, names: Container[str] = ()) -> dict[str, Place]:
+    """Writes the family's table out for every layer: tensor name -> place, in the order of a checkpoint.
+
+    Args:
+        config: as the family reads it; its `stacks()` says where the layers of a placeholder are.
+        names: tensors of the folder at hand; some checkpoints of a family begin their names otherwise.
+    """
+    stacks = config.stacks()
+    by_stack: dict[str | None, list[Weight]] = {}
+    for weight in family.weights(config):
+        stack = next((stack for stack in stacks if f"{{{stack}}}" in weight.hf), None)
+        by_stack.setdefault(stack, []).append(weight)
     places: list[Place] = []
-    for weight in weights:
-        if weight not in in_layer:
-            places.append(Place(weight.hf, weight.path, None, weight.transpose, weight.optional))
-        elif weight is in_layer[0]:  # all of a layer's tensors stand together
-            for layer in range(config.num_layers):
-                group, place, repetition = config.layer_place(layer)
-                for inner in in_layer:
-                    path = ("groups", group, place, *inner.path)
-                    name = inner.hf.format(layer=layer)
-                    places.append(Place(name, path, repetition, inner.transpose, inner.optional))
-    for entry in places:
-        table[entry.name] = entry
-    return table
+    told: set[str | None] = set()
+    for weight in family.weights(config):
+        stack = next((stack for stack in stacks if f"{{{stack}}}" in weight.hf), None)
+        if stack is None:
+            places.append(Place(weight.hf, weight.path, (), weight.transpose, weight.optional))
+        elif stack not in told:  # all of a layer's tensors stand together
+            told.add(stack)
+            for number, layer in enumerate(stacks[stack]):
+                for inner in by_stack[stack]:
+                    if inner.sparse is None or inner.sparse == layer.kind.sparse:
+                        places += _in_layer(inner, {stack: number}, layer, config)
+    renamed = {ours: theirs for ours, theirs in family.prefixes if not any(p.name in names for p in places[:1])}
+    return {(name := _renamed(place.name, renamed, names)): replace(place, name=name) for place in places}
+
+
+def _in_layer(weight: Weight, number: dict[str, int], layer: StackedLayer, config: Any) -> Iterator[Place]:
+    """Yields the places of one entry in one layer: one, or one for each expert."""
+    path = (*layer.path, *weight.path)
+    if "{expert}" not in weight.hf:
+        yield Place(weight.hf.format(**number), path, (layer.index,), weight.transpose, weight.optional)
+        return
+    for expert in range(config.experts.count):
+        name = weight.hf.format(**number, expert=expert)
+        yield Place(name, path, (layer.index, expert), weight.transpose, weight.optional)
+
+
+def _renamed(name: str, prefixes: dict[str, str], names: Container[str]) -> str:
+    """Returns the name as this folder has it, by the first change of its beginning that leads to a tensor of it."""
+    for ours, theirs in prefixes.items():
+        if name.startswith(ours) and theirs + name.removeprefix(ours) in names:
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def table_of(folder: HFFolder) -> tuple[Family, dict[str, Place]]:
+    """Returns a folder's family, and the places of its tensors."""
+    family = family_of(folder.config, where=folder.path)
+    return family, name_table(family, family.read_config(folder.config), folder.tensors)
 
 
 def leaf_shape(place: Place, leaf: Any) -> tuple[int, ...]:
     """Returns the shape that the checkpoint must have for a place, from the parameter's own declaration."""
-    shape = tuple(leaf.shape) if place.layer is None else tuple(leaf.shape)[1:]
+    shape = tuple(leaf.shape)[len(place.index) :]
     return shape[::-1] if place.transpose else shape
 
 
@@ -78,9 +110,8 @@ def leaves_of(state: nnx.State) -> dict[Path, Any]:
 
 def file_dtypes(folder: HFFolder) -> Callable[[Path], Any]:
     """Returns `dtype_of` for `load_params` that holds each parameter in its tensors' own dtype."""
-    family = family_of(folder.config, where=folder.path)
     found: dict[Path, Any] = {}
-    for name, place in name_table(family, family.read_config(folder.config)).items():
+    for name, place in table_of(folder)[1].items():
         if name in folder.tensors and not place.optional:
             dtype = DTYPES[folder.tensors[name].dtype]
             found[place.path] = np.promote_types(found.get(place.path, dtype), dtype)
@@ -109,14 +140,13 @@ def load_params(
     Raises:
         ValueError: tensors that are missing, not expected, or of a wrong shape; all of them in one message.
     """
-    family = family_of(folder.config, where=folder.path)
-    table = name_table(family, family.read_config(folder.config))
+    family, table = table_of(folder)
     leaves = leaves_of(abstract_state)
     _check_tensors(folder, family, table, leaves)
     where = leaves_of(shardings) if shardings is not None else {}
     default = placement.default_sharding()
     arrays: dict[Path, jax.Array] = {}
-    wanted = [info for info in folder.tensors.values() if info.name in table and not table[info.name].optional]
+    wanted = [info for info in folder.tensors.values() if _is_read(table.get(info.name), leaves)]
     # Largest first, while most room is left: resharding holds a few copies of one tensor for a moment.
     wanted.sort(key=lambda info: info.start - info.stop)
     total, done = sum(info.stop - info.start for info in wanted), 0
@@ -129,13 +159,13 @@ def load_params(
             return folder.read_rows(name, start, stop)
 
         rows = placement.row_sharded(read, info.shape, DTYPES[info.dtype], sharding)
-        if place.layer is None:
+        if not place.index:
             array = placement.put(rows, transpose=place.transpose, dtype=dtype, sharding=sharding)
         else:
             stack = arrays.pop(place.path, None)
             if stack is None:
                 stack = placement.empty_stack(leaf.shape, dtype, sharding)
-            array = placement.fill(stack, rows, place.layer, transpose=place.transpose, sharding=sharding)
+            array = placement.fill(stack, rows, place.index, transpose=place.transpose, sharding=sharding)
         array.block_until_ready()  # or the rows of many tensors would wait in memory together
         del rows
         arrays[place.path] = array
@@ -150,11 +180,16 @@ def load_params(
     return nnx.from_flat_state(filled)
 
 
+def _is_read(place: Place | None, leaves: dict[Path, Any]) -> bool:
+    """Whether a tensor is read into one of these leaves: not one without a place, a second copy or another's."""
+    return place is not None and not place.optional and place.path in leaves
+
+
 def _check_tensors(folder: HFFolder, family: Family, table: dict[str, Place], leaves: dict[Path, Any]) -> None:
     """Raises one ValueError that lists every tensor missing, not expected or of a wrong shape."""
     problems = []
     for name, place in table.items():
-        if place.optional:
+        if not _is_read(place, leaves):
             continue
         info = folder.tensors.get(name)
         expected = leaf_shape(place, leaves[place.path])
@@ -192,8 +227,7 @@ def export_folder(
         chat_template: written when the run's template is not the tokenizer's own.
         stop_ids: tokens that end an answer, added to generation_config.json's eos_token_id.
     """
-    family = family_of(base.config, where=base.path)
-    table = name_table(family, family.read_config(base.config))
+    family, table = table_of(base)
     variables = dict(nnx.to_flat_state(state))
     headers = base.headers or {SINGLE: _new_header(table, variables)}
     size = sum(len(raw) for raw in headers.values()) + sum(
@@ -246,7 +280,7 @@ def _export_tensor(
     lora_a, lora_b = (variables.get((*place.path[:-1], slot)) for slot in ("lora_a", "lora_b"))
     if place.path[-1] == "kernel" and lora_a is not None and lora_b is not None:
         update = (lora_a.get_value(), lora_b.get_value(), lora_a.get_metadata()["scale"])
-    array = placement.take(leaf, place.layer, transpose=place.transpose, dtype=DTYPES[dtype], update=update)
+    array = placement.take(leaf, place.index, transpose=place.transpose, dtype=DTYPES[dtype], update=update)
     if name in base.tensors and array.shape != base.tensors[name].shape:
         raise ValueError(f"{name}: has shape {list(array.shape)} here, {list(base.tensors[name].shape)} in the base")
     return np.ascontiguousarray(array)
@@ -291,6 +325,16 @@ def complete_config(base: HFFolder, family: Family, dtype: str) -> dict[str, Any
     """
     config = dict(base.config)
     config.setdefault("architectures", [family.architecture])
+    if family.completes_rope:
+        _complete_rope(config)
+    known = config.get("dtype") or config.get("torch_dtype") or dtype
+    config.setdefault("dtype", known)
+    config.setdefault("torch_dtype", known)
+    return config
+
+
+def _complete_rope(config: dict[str, Any]) -> None:
+    """Says rope in the words of transformers 4 and of 5, whichever of them are there."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     if new is None:
         scaling = {key: value for key, value in (old or {}).items() if key != "type"}
@@ -300,10 +344,6 @@ def complete_config(base: HFFolder, family: Family, dtype: str) -> dict[str, Any
     if "rope_scaling" not in config:
         scaling = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
         config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    known = config.get("dtype") or config.get("torch_dtype") or dtype
-    config.setdefault("dtype", known)
-    config.setdefault("torch_dtype", known)
-    return config
 
 
 def _dtype_name(headers: dict[str, bytes]) -> str:
@@ -349,7 +389,8 @@ def _write_generation_config(base: HFFolder, fs: Any, root: str, stop_ids: tuple
             stream.write(raw)
         return
     if raw is None:
-        config = {key: base.config[key] for key in ("bos_token_id", "pad_token_id") if base.config.get(key) is not None}
+        copied = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+        config = {key: base.config[key] for key in copied if base.config.get(key) is not None}
     eos += added
     if eos:
         config["eos_token_id"] = eos[0] if len(eos) == 1 else eos

@@ -29,7 +29,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, [], ()),
     "bias": (None, "none"),
     "lora_bias": (None, False),
-    "fan_in_fan_out": (None, False),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "layers_to_transform": (None, []),
@@ -69,7 +68,7 @@ def export_adapter(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, (path, place) in places.items():
-        shape = tuple(variables[path].shape)[1 if place.layer is not None else 0 :][::-1]
+        shape = tuple(variables[path].shape)[len(place.index) :][::-1]
         stop = at + 4 * math.prod(shape)
         header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, stop]}
         at = stop
@@ -82,7 +81,7 @@ def export_adapter(
         stream = fs.open(f"{root}/{WEIGHTS}", "wb")
         stream.write(raw)
     for path, place in places.values():
-        array = placement.take(variables[path].get_value(), place.layer, transpose=True, dtype=np.float32)
+        array = placement.take(variables[path].get_value(), place.index, transpose=True, dtype=np.float32)
         if stream:
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if stream:
@@ -225,20 +224,20 @@ def load_adapter(
             return adapter.folder.read_rows(key, start, stop)
 
         rows = placement.row_sharded(read, info.shape, DTYPES[info.dtype], sharding)
-        if place.layer is None:
+        if not place.index:
             arrays[path] = placement.put(rows, transpose=True, dtype=np.float32, sharding=sharding)
             continue
         stack = arrays.pop(path, None)
         if stack is None:
             stack = placement.empty_stack(variables[path].shape, np.float32, sharding)
-        arrays[path] = placement.fill(stack, rows, place.layer, transpose=True, sharding=sharding)
+        arrays[path] = placement.fill(stack, rows, place.index, transpose=True, sharding=sharding)
     return nnx.from_flat_state([(path, variable.replace(arrays[path])) for path, variable in variables.items()])
 
 
 def _check(folder: HFFolder, places: dict[str, tuple[Path, Place]], variables: dict[Path, Any]) -> None:
     problems = [f"{key}: not expected by this model" for key in folder.tensors if key not in places]
     for key, (path, place) in places.items():
-        expected = tuple(variables[path].shape)[1 if place.layer is not None else 0 :][::-1]
+        expected = tuple(variables[path].shape)[len(place.index) :][::-1]
         if key not in folder.tensors:
             problems.append(f"{key}: missing; expected shape {list(expected)}")
         elif folder.tensors[key].shape != expected:

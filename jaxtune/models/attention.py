@@ -31,11 +31,18 @@ def xla(
     kv_segment_ids: jax.Array,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attends `[B T N H]` to `[B S K H]`, in plain jax; the softmax is float32 at least.
 
     A query sees a key of its own segment (0 is padding and sees nothing) whose position is not after its own and, with
     a window, less than `window` before it. A row that sees nothing gives finite numbers without meaning.
+
+    Args:
+        v: `[B S K H']`; H' may differ from H.
+        softcap: scores s become `softcap * tanh(s / softcap)` (Gemma 2).
+        sinks: `[N]`, a score of each head that takes part in the softmax and gives nothing (GPT-OSS).
     """
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -47,9 +54,14 @@ def xla(
         visible &= distance < window
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=wide) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+    if sinks is not None:
+        column = sinks.astype(wide).reshape(1, K, N // K, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(column, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, v.shape[-1])
     return checkpoint_name(out, "attention")
 
 
@@ -64,6 +76,8 @@ def splash(
     kv_segment_ids: jax.Array,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attends as `xla` does, by jax's splash attention kernel for TPU (T and S equal; no cache).
@@ -82,11 +96,13 @@ def splash(
     q = q.reshape(B, padded, K, N // K, H).transpose(0, 2, 3, 1, 4)  # B K G T H: one MQA call per kv head
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # B K S H
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        kernel = _splash_kernel(padded, q.shape[2], window, interpret)
+    sinks = sinks.astype(jnp.float32).reshape(K, N // K) if sinks is not None else None
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None) -> jax.Array:
+        kernel = _splash_kernel(padded, q.shape[2], window, softcap, interpret)
         ids = splash_attention.SegmentIds(segments, segments)
-        by_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        return jax.vmap(by_head)(q, k, v, ids)
+        by_head = jax.vmap(kernel, in_axes=(0, 0, 0, None, 0))
+        return jax.vmap(by_head, in_axes=(0, 0, 0, 0, None))(q, k, v, ids, sinks)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
@@ -94,9 +110,10 @@ def splash(
         heads = sharding.activation_spec(("batch", "kv_heads", None, None, None), q.shape, mesh)
         rows = jax.sharding.PartitionSpec(heads[0])
         kv = jax.sharding.PartitionSpec(heads[0], heads[1])
-        attend = jax.shard_map(attend, in_specs=(kv, kv, kv, rows), out_specs=kv, check_vma=False)
-    out = attend(q, k, v, segments)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, padded, N, H)[:, :T]
+        of_heads = jax.sharding.PartitionSpec(heads[1])
+        attend = jax.shard_map(attend, in_specs=(kv, kv, kv, rows, of_heads), out_specs=kv, check_vma=False)
+    out = attend(q, k, v, segments, sinks)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, padded, N, v.shape[-1])[:, :T]
 
 
 def splash_interpreted(*arrays: jax.Array, **options: Any) -> jax.Array:
@@ -104,7 +121,9 @@ def splash_interpreted(*arrays: jax.Array, **options: Any) -> jax.Array:
     return splash(*arrays, **options, interpret=True)
 
 
-def _splash_kernel(length: int, group: int, window: int | None, interpret: bool) -> Callable[..., jax.Array]:
+def _splash_kernel(
+    length: int, group: int, window: int | None, softcap: float | None, interpret: bool
+) -> Callable[..., jax.Array]:
     """Makes the kernel for `group` query heads on one kv head.
 
     One backward kernel for dq, dk and dv (fused), and one key block as long as the row there: with several, their dq
@@ -130,6 +149,7 @@ def _splash_kernel(length: int, group: int, window: int | None, interpret: bool)
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
@@ -151,12 +171,16 @@ def tokamax(
     kv_segment_ids: jax.Array,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attends as `xla` does, by tokamax's kernels for GPU.
 
     Packing is said as the index of the first key that a query may see: where its segment starts, or its window.
     Like splash it relies on the positions of a segment standing in order.
     """
+    if sinks is not None:
+        raise ValueError("model.attention: found 'tokamax', which has no attention sinks, as this model has; use xla")
     import tokamax as library
 
     index = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
@@ -165,7 +189,9 @@ def tokamax(
     if window is not None:
         first = jnp.maximum(first, index - (window - 1))
     mask = library.Mask(is_causal=True, k_start=first[:, None, :])
-    return library.dot_product_attention(q, k, v, scale=scale, mask=mask, implementation=("triton", "xla"))
+    return library.dot_product_attention(
+        q, k, v, scale=scale, mask=mask, logits_soft_cap=softcap, implementation=("triton", "xla")
+    )
 
 
 ATTENTIONS: dict[str, Callable[..., jax.Array]] = {

@@ -8,7 +8,6 @@ group repeats its pattern of layer kinds `count` times, which also says models w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,86 +17,31 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune import sharding
-from jaxtune.models import layers
-from jaxtune.models.layers import Dropout, Embedding, Linear, RMSNorm, Rope
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
+from jaxtune.models.decoder_config import DecoderConfig, LayerGroup, LayerKind
+from jaxtune.models.experts import RouterSums, SparseMlp
+from jaxtune.models.layers import Dropout, Embedding, Head, LayerNorm, Linear, RMSNorm, head_logits
+from jaxtune.models.mlp import Mlp
+from jaxtune.models.rope import rope_tables
+from jaxtune.models.self_attention import Attention, LatentAttention, Pass, Store
 
 
-@dataclass(frozen=True)
-class LayerKind:
-    """What may differ from layer to layer: the sliding window (None: all earlier positions) and the rope."""
+class Output(NamedTuple):
+    """What a run through the decoder gives.
 
-    window: int | None
-    rope: Rope
+    `hidden` is `[B T D]` after the last norm; `cache` the written one, or None; `router` the sums of every sparse layer
+    stacked (`[layers ...]`), in the order of the layers' stacks, or None where no layer is sparse.
+    """
 
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """`count` repetitions of a pattern of layers, scanned."""
-
-    pattern: tuple[LayerKind, ...]
-    count: int
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """What a family does, as numbers; hashable, so that it can key a compiled function."""
-
-    vocab_size: int
-    width: int
-    mlp_width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    groups: tuple[LayerGroup, ...]
-    norm_eps: float
-    max_positions: int
-    activation: str
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    tie_embeddings: bool
-    init_std: float
-
-    @property
-    def num_layers(self) -> int:
-        return sum(len(group.pattern) * group.count for group in self.groups)
-
-    def layer_kinds(self) -> list[LayerKind]:
-        """Returns the kind of every layer, first to last."""
-        return [kind for group in self.groups for _ in range(group.count) for kind in group.pattern]
-
-    def layer_place(self, layer: int) -> tuple[int, int, int]:
-        """Returns (group, place in the pattern, repetition) of a layer: where its parameters are stacked."""
-        for number, group in enumerate(self.groups):
-            size = len(group.pattern) * group.count
-            if layer < size:
-                return number, layer % len(group.pattern), layer // len(group.pattern)
-            layer -= size
-        raise IndexError(layer)
-
-
-def group_layers(kinds: list[LayerKind]) -> tuple[LayerGroup, ...]:
-    """Returns runs of equal layers as groups, e.g. 28 full and then 4 windowed layers as two."""
-    groups: list[LayerGroup] = []
-    for kind in kinds:
-        if groups and groups[-1].pattern == (kind,):
-            groups[-1] = LayerGroup((kind,), groups[-1].count + 1)
-        else:
-            groups.append(LayerGroup((kind,), 1))
-    return tuple(groups)
+    hidden: jax.Array
+    cache: Any
+    router: RouterSums | None
 
 
 class Cache(NamedTuple):
     """Keys and values of earlier tokens; every slot says its position and segment, and 0 is an empty slot.
 
-    `keys` and `values` hold one array `[count B S K H]` per place of each group's pattern, in the order of the groups.
+    `keys` and `values` hold one array `[count B S K H]` per place of each group's pattern, in the order of the groups;
+    of latent attention they hold latents and turned keys.
     """
 
     keys: tuple[jax.Array, ...]
@@ -109,129 +53,73 @@ class Cache(NamedTuple):
 
 def init_cache(config: DecoderConfig, *, batch: int, capacity: int, dtype: jax.typing.DTypeLike) -> Cache:
     """Returns an empty cache for `capacity` tokens per row, padding included."""
-    shapes = [
-        (group.count, batch, capacity, config.num_kv_heads, config.head_dim)
-        for group in config.groups
-        for _ in group.pattern
-    ]
+    counts = [group.count for group in config.groups for _ in group.pattern]
+    keys, values = (
+        tuple(jnp.zeros((count, batch, capacity, *size), dtype) for count in counts) for size in config.cache_sizes
+    )
     return Cache(
-        keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
-        values=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+        keys=keys,
+        values=values,
         positions=jnp.zeros((batch, capacity), jnp.int32),
         segment_ids=jnp.zeros((batch, capacity), jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
 
 
-class Pass(NamedTuple):
-    """What one run through the layers shares: indices of both sides, rope tables, kernels."""
-
-    attention: Callable[..., jax.Array]
-    tables: dict[Rope, tuple[jax.Array, jax.Array]]
-    q_positions: jax.Array  # [B T]
-    q_segment_ids: jax.Array
-    kv_positions: jax.Array  # [B S]
-    kv_segment_ids: jax.Array
-    start: jax.Array | None  # first cache slot to write; None without a cache
-    dropout_keys: jax.Array | None  # [B]
-
-
-class Attention(nnx.Module):
-    """Causal attention with grouped kv heads; kv heads are never repeated in memory."""
-
-    def __init__(self, config: DecoderConfig, key: jax.Array, *, param_dtype: jax.typing.DTypeLike):
-        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        keys = jax.random.split(key, 4)
-        make = partial(Linear, std=config.init_std, param_dtype=param_dtype)
-        inputs = partial(make, in_size=config.width, bias=config.qkv_bias)
-        self.q_proj = inputs("q_proj", keys[0], out_size=heads, axes=("embed", "heads"))
-        self.k_proj = inputs("k_proj", keys[1], out_size=kv_heads, axes=("embed", "kv_heads"))
-        self.v_proj = inputs("v_proj", keys[2], out_size=kv_heads, axes=("embed", "kv_heads"))
-        self.o_proj = make(
-            "o_proj", keys[3], in_size=heads, out_size=config.width, axes=("heads", "embed"), bias=config.o_bias
-        )
-        self.head_dim = config.head_dim
-
-    def __call__(
-        self, x: jax.Array, run: Pass, *, kind: LayerKind, dropout: Dropout | None, store: "Store | None"
-    ) -> jax.Array:
-        """Maps `[B T D]` to `[B T D]`; with a `store`, keys and values go through the cache."""
-        B, T, _ = x.shape
-        q = self.q_proj(x, dropout).reshape(B, T, -1, self.head_dim)
-        k = self.k_proj(x, dropout).reshape(B, T, -1, self.head_dim)
-        v = self.v_proj(x, dropout).reshape(B, T, -1, self.head_dim)
-        tables = run.tables[kind.rope]
-        q = checkpoint_name(sharding.constrain(layers.apply_rope(q, tables), ("batch", "seq", "heads", None)), "q")
-        k = checkpoint_name(sharding.constrain(layers.apply_rope(k, tables), ("batch", "seq", "kv_heads", None)), "k")
-        v = checkpoint_name(sharding.constrain(v, ("batch", "seq", "kv_heads", None)), "v")
-        if store is not None:
-            k, v = store.write_and_read(k, v)
-        out = run.attention(
-            q,
-            k,
-            v,
-            q_positions=run.q_positions,
-            kv_positions=run.kv_positions,
-            q_segment_ids=run.q_segment_ids,
-            kv_segment_ids=run.kv_segment_ids,
-            window=kind.window,
-            scale=self.head_dim**-0.5,
-        )
-        out = sharding.constrain(out, ("batch", "seq", "heads", None))
-        return self.o_proj(out.reshape(B, T, -1), dropout)
-
-
-class Store:
-    """One layer's view of the stacked cache; the arrays are replaced as the layer writes them."""
-
-    def __init__(self, keys: jax.Array, values: jax.Array, *, layer: jax.Array, start: jax.Array):
-        self.keys, self.values, self.layer, self.start = keys, values, layer, start
-
-    def write_and_read(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Writes `[B T K H]` at `start` and returns all `[B S K H]` of this layer."""
-        at = (self.layer, 0, self.start, 0, 0)
-        self.keys = jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), at)
-        self.values = jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), at)
-        return self.keys[self.layer].astype(k.dtype), self.values[self.layer].astype(v.dtype)
-
-
-class Mlp(nnx.Module):
-    """The gated mlp: `down(activation(gate(x)) * up(x))`."""
-
-    def __init__(self, config: DecoderConfig, key: jax.Array, *, param_dtype: jax.typing.DTypeLike):
-        keys = jax.random.split(key, 3)
-        make = partial(Linear, bias=config.mlp_bias, std=config.init_std, param_dtype=param_dtype)
-        wide = partial(make, in_size=config.width, out_size=config.mlp_width, axes=("embed", "mlp"))
-        self.gate_proj = wide("gate_proj", keys[0])
-        self.up_proj = wide("up_proj", keys[1])
-        self.down_proj = make(
-            "down_proj", keys[2], in_size=config.mlp_width, out_size=config.width, axes=("mlp", "embed")
-        )
-        self.activation = config.activation
-
-    def __call__(self, x: jax.Array, *, dropout: Dropout | None) -> jax.Array:
-        gate = checkpoint_name(sharding.constrain(self.gate_proj(x, dropout), ("batch", "seq", "mlp")), "gate")
-        up = checkpoint_name(sharding.constrain(self.up_proj(x, dropout), ("batch", "seq", "mlp")), "up")
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, dropout)
+def make_norm(config: DecoderConfig, *, param_dtype: jax.typing.DTypeLike) -> RMSNorm | LayerNorm:
+    """Returns the norm over the model's width that the config asks for."""
+    if config.norm == "layer":
+        return LayerNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+    return RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype, offset=config.norm_offset)
 
 
 class Layer(nnx.Module):
-    """One layer, both halves with their norm before and the residual around."""
+    """One layer: attention and mlp, each with its norms and the residual around."""
 
-    def __init__(self, config: DecoderConfig, key: jax.Array, *, param_dtype: jax.typing.DTypeLike):
+    def __init__(self, config: DecoderConfig, kind: LayerKind, key: jax.Array, *, param_dtype: jax.typing.DTypeLike):
         attention_key, mlp_key = jax.random.split(key)
-        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
-        self.attention = Attention(config, attention_key, param_dtype=param_dtype)
-        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
-        self.mlp = Mlp(config, mlp_key, param_dtype=param_dtype)
+        norm = partial(make_norm, config, param_dtype=param_dtype)
+        if config.pre_norm:
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if config.post_norm:
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
+        self.attention: Attention | LatentAttention
+        if config.latent:
+            self.attention = LatentAttention(config, config.latent, attention_key, param_dtype=param_dtype)
+        else:
+            self.attention = Attention(config, attention_key, param_dtype=param_dtype)
+        self.mlp: Mlp | SparseMlp
+        if kind.sparse:
+            assert config.experts is not None
+            self.mlp = SparseMlp(config, config.experts, mlp_key, param_dtype=param_dtype)
+        else:
+            self.mlp = Mlp(config, mlp_key, param_dtype=param_dtype)
+        self.config = config
 
     def __call__(
         self, x: jax.Array, run: Pass, *, kind: LayerKind, dropout: Dropout | None, store: Store | None
-    ) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), run, kind=kind, dropout=dropout, store=store)
-        x = checkpoint_name(sharding.constrain(x, ("batch", "seq", None)), "mid")
-        x = x + self.mlp(self.mlp_norm(x), dropout=dropout)
-        return sharding.constrain(x, ("batch", "seq", None))
+    ) -> tuple[jax.Array, RouterSums | None]:
+        """Maps `[B T D]` to `[B T D]`, and says what the router did in a sparse layer."""
+        config, sums = self.config, None
+        attended = self.attention_norm(x) if config.pre_norm else x
+        attended = self.attention(attended, run, kind=kind, dropout=dropout, store=store)
+        if config.post_norm:
+            attended = self.attention_post_norm(attended)
+        middle = _add(x, attended, config.residual_scale)
+        middle = checkpoint_name(sharding.constrain(middle, ("batch", "seq", None)), "mid")
+        y = x if config.parallel else middle
+        y = self.mlp_norm(y) if config.pre_norm else y
+        if isinstance(self.mlp, SparseMlp):
+            y, sums = self.mlp(y, run.q_segment_ids, dropout=dropout)
+        else:
+            y = self.mlp(y, dropout=dropout)
+        if config.post_norm:
+            y = self.mlp_post_norm(y)
+        return sharding.constrain(_add(middle, y, config.residual_scale), ("batch", "seq", None)), sums
+
+
+def _add(x: jax.Array, y: jax.Array, scale: float) -> jax.Array:
+    return x + (y if scale == 1 else y * scale)
 
 
 # What the backward pass finds saved, by name; everything else of a layer is computed again. `attention` is the output
@@ -257,21 +145,27 @@ class Decoder(nnx.Module):
         """
         self.config = config
         embed_key, head_key, layers_key = jax.random.split(key, 3)
-        self.embed = Embedding(
-            embed_key, vocab_size=config.vocab_size, width=config.width, std=config.init_std, param_dtype=param_dtype
-        )
-        stack = nnx.vmap(
-            lambda layer_key: Layer(config, layer_key, param_dtype=param_dtype),
-            transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"},
-        )
+        embedding = partial(Embedding, width=config.width, std=config.init_std, param_dtype=param_dtype)
+        self.embed = embedding(embed_key, vocab_size=config.vocab_size)
+        if config.learned_positions:
+            self.embed_positions = embedding(
+                jax.random.fold_in(embed_key, 1), vocab_size=config.max_positions, axes=(None, "embed")
+            )
+
+        def stack(kind: LayerKind, keys: jax.Array) -> Layer:
+            return nnx.vmap(
+                lambda layer_key: Layer(config, kind, layer_key, param_dtype=param_dtype),
+                transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"},
+            )(keys)
+
         self.groups = nnx.List(
             nnx.List(
-                stack(jax.random.split(jax.random.fold_in(layers_key, 1000 * number + place), group.count))
-                for place in range(len(group.pattern))
+                stack(kind, jax.random.split(jax.random.fold_in(layers_key, 1000 * number + place), group.count))
+                for place, kind in enumerate(group.pattern)
             )
             for number, group in enumerate(config.groups)
         )
-        self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.norm = make_norm(config, param_dtype=param_dtype)
         self.lm_head = nnx.data(
             None
             if config.tie_embeddings
@@ -298,8 +192,8 @@ class Decoder(nnx.Module):
         remat: str = "none",
         dropout_keys: jax.Array | None = None,
         cache: Cache | None = None,
-    ) -> Any:
-        """Maps tokens `[B T]` to hidden states `[B T D]` after the last norm.
+    ) -> Output:
+        """Maps tokens `[B T]` to hidden states `[B T D]`.
 
         A token attends to its own segment only, to positions not after its own and inside the layer's window. Segment
         0 is padding: nothing attends to it, and its hidden states mean nothing.
@@ -309,18 +203,24 @@ class Decoder(nnx.Module):
             attention: a function of `attention.ATTENTIONS`; with a cache it must be the `xla` one.
             remat: a key of `REMAT_POLICIES`.
             dropout_keys: typed keys `[B]`, one per row; None turns dropout off.
-            cache: written at its `length`; then the result is (hidden, cache).
+            cache: written at its `length`.
         """
-        x = sharding.constrain(self.embed(tokens, dtype=compute_dtype), ("batch", "seq", None))
+        x = self.embed(tokens, dtype=compute_dtype)
+        if self.config.embed_scale != 1:
+            x *= jnp.asarray(self.config.embed_scale, compute_dtype)
+        if self.config.learned_positions:
+            x += self.embed_positions(positions, dtype=compute_dtype)
+        x = sharding.constrain(x, ("batch", "seq", None))
         kv_positions, kv_segment_ids = positions, segment_ids
         if cache is not None:
             kv_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
             kv_segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
-        ropes = {kind.rope for group in self.config.groups for kind in group.pattern}
+        ropes = {kind.rope for group in self.config.groups for kind in group.pattern if kind.rope is not None}
         run = Pass(
             attention=attention,
             tables={
-                rope: layers.rope_tables(rope, self.config.head_dim, positions, dtype=compute_dtype) for rope in ropes
+                rope: rope_tables(rope, self.config.rope_dim, positions, segment_ids, dtype=compute_dtype)
+                for rope in ropes
             },
             q_positions=positions,
             q_segment_ids=segment_ids,
@@ -333,33 +233,32 @@ class Decoder(nnx.Module):
         values: tuple[jax.Array, ...] = cache.values if cache is not None else ()
         new_keys: list[jax.Array] = []
         new_values: list[jax.Array] = []
+        router: list[RouterSums] = []
         first_layer = 0
         for group, modules in zip(self.config.groups, self.groups, strict=True):
             size = len(group.pattern)
             held = slice(len(new_keys), len(new_keys) + size) if cache is not None else slice(0, 0)
-            x, group_keys, group_values = _scan_group(
+            x, group_keys, group_values, sums = _scan_group(
                 group, list(modules), x, run, first_layer, keys[held], values[held], remat=remat
             )
             new_keys += group_keys
             new_values += group_values
+            router += sums
             first_layer += size * group.count
-        hidden = self.norm(x)
-        if cache is None:
-            return hidden
-        length = cache.length + tokens.shape[1]
-        return hidden, Cache(tuple(new_keys), tuple(new_values), kv_positions, kv_segment_ids, length)
+        told = jax.tree.map(lambda *sums: jnp.concatenate(sums), *router) if router else None
+        if cache is not None:
+            length = cache.length + tokens.shape[1]
+            cache = Cache(tuple(new_keys), tuple(new_values), kv_positions, kv_segment_ids, length)
+        return Output(self.norm(x), cache, told)
 
-    def unembedding(self) -> jax.Array:
-        """Returns the head's kernel `[D V]`, the transposed embedding where they are tied, in its own dtype."""
-        if self.lm_head is None:
-            return self.embed.embedding[...].T
-        return self.lm_head.kernel[...]
+    def head(self) -> Head:
+        """Returns the head, its kernel the transposed embedding where they are tied, in its own dtype."""
+        kernel = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        return Head(kernel, self.config.logit_scale, self.config.final_softcap)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden states `[B T D]` to logits `[B T V]`, float32 at least; for generation and tests."""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        kernel = self.unembedding().astype(hidden.dtype)
-        return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=wide)
+        return head_logits(hidden, self.head())
 
 
 def _scan_group(
@@ -372,14 +271,15 @@ def _scan_group(
     values: tuple[jax.Array, ...],
     *,
     remat: str,
-) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...], list[RouterSums]]:
     """Runs the group's layers one repetition at a time; the cache travels whole, so that it is written in place."""
     graphdefs, states = zip(*(nnx.split(module) for module in modules), strict=True)
 
-    def repetition(carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], None]:
+    def repetition(carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[RouterSums]]:
         x, keys, values = carry
         index, layer_states = inputs
         keys, values = list(keys), list(values)
+        router: list[RouterSums] = []
         for place, kind in enumerate(group.pattern):
             layer = nnx.merge(graphdefs[place], layer_states[place])
             number = first_layer + index * len(group.pattern) + place
@@ -387,13 +287,14 @@ def _scan_group(
             store = None
             if run.start is not None:
                 store = Store(keys[place], values[place], layer=index, start=run.start)
-            x = layer(x, run, kind=kind, dropout=dropout, store=store)
+            x, sums = layer(x, run, kind=kind, dropout=dropout, store=store)
+            router += [] if sums is None else [sums]
             if store is not None:
                 keys[place], values[place] = store.keys, store.values
-        return (x, tuple(keys), tuple(values)), None
+        return (x, tuple(keys), tuple(values)), router
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         repetition = jax.checkpoint(repetition, policy=policy, prevent_cse=False)
-    (x, keys, values), _ = jax.lax.scan(repetition, (x, keys, values), (jnp.arange(group.count), states))
-    return x, keys, values
+    (x, keys, values), router = jax.lax.scan(repetition, (x, keys, values), (jnp.arange(group.count), states))
+    return x, keys, values, router

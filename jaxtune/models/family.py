@@ -1,16 +1,15 @@
 """What a family of models must say: its translation of config.json, and its table of weight names.
 
-The helpers here read what families in the Llama line have in common; a family file adds only what is its own.
+The helpers here name what families in the Llama line have in common; a family file adds only what is its own.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtune.models.decoder import DecoderConfig, LayerGroup
-from jaxtune.models.layers import ROPE_KINDS, Rope
-
-HFConfig = Mapping[str, Any]
+from jaxtune.models.decoder import Decoder
+from jaxtune.models.decoder_config import DecoderConfig
+from jaxtune.models.reading import HFConfig
 
 
 @dataclass(frozen=True)
@@ -18,17 +17,19 @@ class Weight:
     """One tensor of the checkpoint and the parameter it is, both ways.
 
     Attributes:
-        hf: its name in the checkpoint; `{layer}` stands for the layer's number.
-        path: the parameter's path in the decoder, or in the layer when `hf` has `{layer}`.
+        hf: its name in the checkpoint; `{layer}` stands for the layer's number, `{expert}` for the expert's.
+        path: the parameter's path in the model, or in the layer when `hf` has `{layer}`.
         transpose: the checkpoint holds `[out in]` where we hold `[in out]`.
         optional: a second copy of a parameter that some checkpoints carry (a tied head): never read, and written only
             where the base has it.
+        sparse: True: layers with experts have it; False: the others; None: all.
     """
 
     hf: str
     path: tuple[str, ...]
     transpose: bool = False
     optional: bool = False
+    sparse: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -39,152 +40,98 @@ class Family:
         architecture: the class name in config.json that the translation was made for.
         read_config: config.json as a dict -> our config; refuses by name what it cannot express.
         weights: our config -> the table of names, in the order of a checkpoint.
-        ignored: name patterns (fnmatch) of tensors in old checkpoints that carry no weights.
+        ignored: name patterns (fnmatch) of tensors that are no weights of the text model: buffers in old checkpoints,
+            an image tower. They are copied on export.
+        prefixes: (beginning of a name in the table, how it begins in other checkpoints of this family).
+        completes_rope: whether config.json is written with rope in the styles of transformers 4 and 5 both; False
+            where a family says rope in its own words, and config.json stays as it is.
+        build: makes the module of a config: `build(config, key=..., param_dtype=...)`.
+        task_type: what PEFT calls what the model does.
     """
 
     model_type: str
     architecture: str
-    read_config: Callable[[HFConfig], DecoderConfig]
-    weights: Callable[[DecoderConfig], tuple[Weight, ...]]
+    read_config: Callable[[HFConfig], Any]
+    weights: Callable[[Any], tuple[Weight, ...]]
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    prefixes: tuple[tuple[str, str], ...] = ()
+    completes_rope: bool = True
+    build: Callable[..., Any] = Decoder
+    task_type: str = "CAUSAL_LM"
 
 
-def refuse(key: str, found: Any, *, supported: str, advice: str) -> ValueError:
-    """Returns the error for a config.json value that cannot be expressed here."""
-    return ValueError(f"config.json: found {key} = {found!r}; supported: {supported}. {advice}")
+# Our norms and what the Llama line calls them.
+LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
-def required(config: HFConfig, key: str) -> Any:
-    """Returns a value that config.json must have."""
-    if config.get(key) is None:
-        raise ValueError(f"config.json: found no {key!r}; expected the model's own config.json, complete")
-    return config[key]
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a checkpoint calls the parts of a sparse layer, below `model.layers.{layer}.`."""
+
+    block: str = "mlp"
+    router: str = "gate"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "shared_experts"
 
 
-def head_dim_of(config: HFConfig) -> int:
-    """Returns the head size, stated or width over heads."""
-    if config.get("head_dim") is not None:
-        return int(config["head_dim"])
-    width, heads = required(config, "hidden_size"), required(config, "num_attention_heads")
-    if width % heads:
-        raise refuse(
-            "num_attention_heads", heads, supported=f"a divisor of hidden_size = {width}", advice="State head_dim."
-        )
-    return int(width // heads)
-
-
-def llama_line(
-    config: HFConfig, *, groups: tuple[LayerGroup, ...], qkv_bias: bool, o_bias: bool, mlp_bias: bool, positions: int
-) -> DecoderConfig:
-    """Reads what every family of the Llama line calls by the same names.
+def llama_line_weights(
+    config: DecoderConfig, *, norms: Mapping[str, str] = LLAMA_NORMS, experts: ExpertNames | None = None
+) -> tuple[Weight, ...]:
+    """Returns the names that the Llama line shares; biases, q and k norms, sinks and experts where the config has them.
 
     Args:
-        groups: the layers, with their windows and rope.
-        positions: the family's default of `max_position_embeddings`.
+        norms: our norm of a layer -> its name.
+        experts: names in sparse layers; needed where the config has experts.
     """
-    heads = int(required(config, "num_attention_heads"))
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    if heads % kv_heads:
-        raise refuse(
-            "num_key_value_heads", kv_heads, supported=f"a divisor of {heads} heads", advice="The file is damaged."
-        )
-    activation = str(config.get("hidden_act", "silu"))
-    if activation not in HF_ACTIVATIONS:
-        raise refuse(
-            "hidden_act", activation, supported=", ".join(HF_ACTIVATIONS), advice="Choose a model with one of these."
-        )
-    return DecoderConfig(
-        vocab_size=int(required(config, "vocab_size")),
-        width=int(required(config, "hidden_size")),
-        mlp_width=int(required(config, "intermediate_size")),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim_of(config),
-        groups=groups,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        max_positions=int(config.get("max_position_embeddings") or positions),
-        activation=HF_ACTIVATIONS[activation],
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        init_std=float(config.get("initializer_range", 0.02)),
-    )
-
-
-HF_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-
-
-def rope_of(config: HFConfig, *, default_theta: float = 10000.0) -> Rope:
-    """Reads rope in either style: `rope_theta` + `rope_scaling` (transformers 4), `rope_parameters` (5), or both."""
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    scaling = dict(new or old or {})
-    theta = scaling.pop("rope_theta", None)
-    outer = config.get("rope_theta")
-    if theta is not None and outer is not None and float(theta) != float(outer):
-        raise refuse(
-            "rope_theta",
-            outer,
-            supported=f"the same value as rope_parameters.rope_theta = {theta!r}",
-            advice="Correct one of them: readers of transformers 4 and 5 would disagree.",
-        )
-    theta = theta if theta is not None else outer
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    for partial in (scaling.pop("partial_rotary_factor", None), config.get("partial_rotary_factor")):
-        if partial not in (None, 1):
-            raise refuse("partial_rotary_factor", partial, supported="1.0", advice="Choose a fully rotary model.")
-    if kind not in ROPE_KINDS:
-        raise refuse(
-            "rope_type",
-            kind,
-            supported=", ".join(ROPE_KINDS),
-            advice="Set it to one of these only if the weights were trained so.",
-        )
-
-    def value(key: str) -> Any:
-        if scaling.get(key) is None:
-            raise ValueError(f"config.json: rope_type {kind!r} needs {key!r} in rope_scaling or rope_parameters")
-        return scaling[key]
-
-    theta = float(theta if theta is not None else default_theta)
-    if kind == "linear":
-        return Rope(theta, kind, factor=float(value("factor")))
-    if kind == "llama3":
-        return Rope(
-            theta,
-            kind,
-            factor=float(value("factor")),
-            low_freq_factor=float(value("low_freq_factor")),
-            high_freq_factor=float(value("high_freq_factor")),
-            original_positions=int(value("original_max_position_embeddings")),
-        )
-    return Rope(theta)
-
-
-def llama_line_weights(config: DecoderConfig) -> tuple[Weight, ...]:
-    """Returns the names that Llama, Mistral and Qwen 2 share, biases where the config has them."""
     inner = "model.layers.{layer}."
     table = [Weight("model.embed_tokens.weight", ("embed", "embedding"))]
-    linears = [("self_attn", "attention", name, config.qkv_bias) for name in ("q_proj", "k_proj", "v_proj")]
-    linears += [("self_attn", "attention", "o_proj", config.o_bias)]
-    linears += [("mlp", "mlp", name, config.mlp_bias) for name in ("gate_proj", "up_proj", "down_proj")]
-    for theirs, ours, name, has_bias in linears:
-        table.append(Weight(f"{inner}{theirs}.{name}.weight", (ours, name, "kernel"), transpose=True))
-        if has_bias:
-            table.append(Weight(f"{inner}{theirs}.{name}.bias", (ours, name, "bias")))
-    table.append(Weight(f"{inner}input_layernorm.weight", ("attention_norm", "weight")))
-    table.append(Weight(f"{inner}post_attention_layernorm.weight", ("mlp_norm", "weight")))
-    table.append(Weight("model.norm.weight", ("norm", "weight")))
-    if config.tie_embeddings:
-        table.append(Weight("lm_head.weight", ("embed", "embedding"), optional=True))
-    else:
-        table.append(Weight("lm_head.weight", ("lm_head", "kernel"), transpose=True))
+    qkv = ("qkv_proj",) if config.fused_qkv else ("q_proj", "k_proj", "v_proj")
+    for name in qkv:
+        table += linear_weights(f"{inner}self_attn.{name}", ("attention", name), bias=config.qkv_bias)
+    table += linear_weights(f"{inner}self_attn.o_proj", ("attention", "o_proj"), bias=config.o_bias)
+    if config.qk_norm:
+        table += [Weight(f"{inner}self_attn.{n}.weight", ("attention", n, "weight")) for n in ("q_norm", "k_norm")]
+    if config.sinks:
+        table.append(Weight(f"{inner}self_attn.sinks", ("attention", "sinks")))
+    table += mlp_weights(config, f"{inner}mlp", ("mlp",), sparse=False if config.experts else None)
+    if experts is not None:
+        table += sparse_weights(config, inner, experts)
+    table += [Weight(f"{inner}{theirs}.weight", (ours, "weight")) for ours, theirs in norms.items()]
+    table += [Weight("model.norm.weight", ("norm", "weight")), head_weight(config)]
     return tuple(table)
+
+
+def head_weight(config: DecoderConfig, name: str = "lm_head.weight") -> Weight:
+    """Returns the head's entry: a parameter of its own, or a second copy of the embedding."""
+    if config.tie_embeddings:
+        return Weight(name, ("embed", "embedding"), optional=True)
+    return Weight(name, ("lm_head", "kernel"), transpose=True)
+
+
+def linear_weights(hf: str, path: tuple[str, ...], *, bias: bool, sparse: bool | None = None) -> list[Weight]:
+    """Returns the entries of one linear layer."""
+    table = [Weight(f"{hf}.weight", (*path, "kernel"), transpose=True, sparse=sparse)]
+    return [*table, Weight(f"{hf}.bias", (*path, "bias"), sparse=sparse)] if bias else table
+
+
+def mlp_weights(config: DecoderConfig, hf: str, path: tuple[str, ...], *, sparse: bool | None) -> list[Weight]:
+    """Returns the entries of one gated mlp, called alike there and here."""
+    names = ("gate_up_proj", "down_proj") if config.fused_gate_up else ("gate_proj", "up_proj", "down_proj")
+    return [w for n in names for w in linear_weights(f"{hf}.{n}", (*path, n), bias=config.mlp_bias, sparse=sparse)]
+
+
+def sparse_weights(config: DecoderConfig, inner: str, names: ExpertNames) -> list[Weight]:
+    """Returns the entries of a sparse layer: router, one tensor for each expert and matrix, shared experts."""
+    assert config.experts is not None
+    block = f"{inner}{names.block}."
+    table = [Weight(f"{block}{names.router}.weight", ("mlp", "router", "kernel"), transpose=True, sparse=True)]
+    if config.experts.correction_bias:
+        path = ("mlp", "router", "correction")
+        table.append(Weight(f"{block}{names.router}.e_score_correction_bias", path, sparse=True))
+    for theirs, ours in ((names.gate, "gate_proj"), (names.up, "up_proj"), (names.down, "down_proj")):
+        table += linear_weights(f"{block}experts.{{expert}}.{theirs}", ("mlp", ours), bias=False, sparse=True)
+    if config.experts.shared_width:
+        table += mlp_weights(config, f"{block}{names.shared}", ("mlp", "shared"), sparse=True)
+    return table

@@ -1,4 +1,4 @@
-"""The parts that a layer is made of: linear, norm, embedding, rotary positions.
+"""The parts that a layer is made of: linear, norm, embedding.
 
 B batch, T query length, D model width, N query heads, H head size, V vocabulary, r adapter rank.
 
@@ -6,14 +6,11 @@ Every parameter is declared once, here or where its module is made: shape, dtype
 values stand together, and sharding, restore and conversion read them from the parameter.
 """
 
-import math
 import zlib
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 Axes = tuple[str | None, ...]
@@ -50,7 +47,7 @@ class Linear(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
     ):
         self.name = name  # what targets of an adapter call it
-        self.kernel = nnx.Param(_normal(key, (in_size, out_size), std, param_dtype), axes=axes)
+        self.kernel = nnx.Param(draw_normal(key, (in_size, out_size), std, param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_size,), param_dtype), axes=(axes[1],)) if bias else None
         self.lora_a: LoRAParam | None = nnx.data(None)
         self.lora_b: LoRAParam | None = nnx.data(None)
@@ -81,91 +78,75 @@ def drop_rows(x: jax.Array, dropout: Dropout, *, site: str, rate: float) -> jax.
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm: statistics in float32 at least, products in the dtype of x (float32 ones cost 2 %)."""
+    """Root-mean-square norm: statistics in float32 at least, products in the dtype of x (float32 ones cost 2 %).
 
-    def __init__(self, size: int, *, eps: float, param_dtype: jax.typing.DTypeLike):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones((size,), param_dtype), axes=(None,))
+    With an `offset` the weight is what is added to it (Gemma: 1), and the products are wide too, as 1 + weight would
+    lose the weight's last bits.
+    """
+
+    def __init__(self, size: int, *, eps: float, param_dtype: jax.typing.DTypeLike, offset: float = 0.0):
+        self.eps, self.offset = eps, offset
+        self.weight = nnx.Param(jnp.full((size,), 1 - offset, param_dtype), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (wide * inverse * (self.weight[...].astype(wide.dtype) + self.offset)).astype(x.dtype)
         return x * inverse.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 
-class Embedding(nnx.Module):
-    """The table `[V D]` from token to vector."""
+class LayerNorm(nnx.Module):
+    """Mean and variance norm with a bias, in float32 at least."""
 
-    def __init__(self, key: jax.Array, *, vocab_size: int, width: int, std: float, param_dtype: jax.typing.DTypeLike):
-        self.embedding = nnx.Param(_normal(key, (vocab_size, width), std, param_dtype), axes=("vocab", "embed"))
+    def __init__(self, size: int, *, eps: float, param_dtype: jax.typing.DTypeLike):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((size,), param_dtype), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros((size,), param_dtype), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """The table `[V D]` from token (or position) to vector."""
+
+    def __init__(
+        self,
+        key: jax.Array,
+        *,
+        vocab_size: int,
+        width: int,
+        std: float,
+        param_dtype: jax.typing.DTypeLike,
+        axes: Axes = ("vocab", "embed"),
+    ):
+        self.embedding = nnx.Param(draw_normal(key, (vocab_size, width), std, param_dtype), axes=axes)
 
     def __call__(self, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Maps tokens `[B T]` to `[B T D]`."""
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype: jax.typing.DTypeLike) -> jax.Array:
+class Head(NamedTuple):
+    """How hidden states become logits: `scale * hidden @ kernel`, then cut off softly at `softcap`."""
+
+    kernel: jax.Array  # [D V]
+    scale: float
+    softcap: float | None
+
+
+def head_logits(hidden: jax.Array, head: Head) -> jax.Array:
+    """Maps `[... D]` to logits `[... V]`, float32 at least."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.einsum("...D,DV->...V", hidden, head.kernel.astype(hidden.dtype), preferred_element_type=wide)
+    logits = logits if head.scale == 1 else logits * head.scale
+    return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
+
+
+def draw_normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns initial values: drawn in float32, then cast."""
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """How positions turn queries and keys; `kind` is a key of `ROPE_KINDS`.
-
-    `factor` belongs to linear and llama3; the last three to llama3.
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_positions: int = 0
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Returns the turning speeds `[H/2]`, float32.
-
-    Positions times speed is large, so a last bit here is 1e-3 in a cosine at position 9,000: the power is taken in
-    float64 and rounded, which is what torch's float32 power gives.
-    """
-    exponents = (np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)).astype(np.float64)
-    powers = (np.float64(rope.theta) ** exponents).astype(np.float32)
-    return ROPE_KINDS[rope.kind](np.float32(1.0) / powers, rope)
-
-
-def _llama3_frequencies(speeds: np.ndarray, rope: Rope) -> np.ndarray:
-    """Slows long wavelengths by `factor`, leaves short ones, and blends between (Llama 3.1's release)."""
-    speeds = speeds.astype(np.float32)
-    wavelengths = np.float32(2 * math.pi) / speeds
-    longest = rope.original_positions / rope.low_freq_factor
-    shortest = rope.original_positions / rope.high_freq_factor
-    blend = (np.float32(rope.original_positions) / wavelengths - np.float32(rope.low_freq_factor)) / np.float32(
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    slow = speeds / np.float32(rope.factor)
-    blended = (1 - blend) * slow + blend * speeds
-    return np.where(wavelengths > longest, slow, np.where(wavelengths < shortest, speeds, blended)).astype(np.float32)
-
-
-ROPE_KINDS = {
-    "default": lambda speeds, rope: speeds,
-    "linear": lambda speeds, rope: (speeds / np.float32(rope.factor)).astype(np.float32),
-    "llama3": _llama3_frequencies,
-}
-
-
-def rope_tables(
-    rope: Rope, head_dim: int, positions: jax.Array, *, dtype: jax.typing.DTypeLike
-) -> tuple[jax.Array, jax.Array]:
-    """Returns cosine and sine `[B T 1 H/2]` of positions `[B T]`; angles are float32 at least."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    angles = positions.astype(wide)[:, :, None, None] * rope_frequencies(rope, head_dim).astype(wide)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns `[B T N H]` by its positions, the first half of H paired with the second (HF's layout)."""
-    cos, sin = tables
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,7 +1,8 @@
 """Llama 2, 3, 3.1, 3.2, 3.3 and what is shaped like them."""
 
-from jaxtune.models.decoder import DecoderConfig, LayerGroup, LayerKind
-from jaxtune.models.family import Family, HFConfig, llama_line, llama_line_weights, required, rope_of
+from jaxtune.models.decoder_config import DecoderConfig, LayerGroup, LayerKind
+from jaxtune.models.family import Family, llama_line_weights
+from jaxtune.models.reading import HFConfig, llama_line, required, rope_of
 
 
 def read_config(config: HFConfig) -> DecoderConfig:

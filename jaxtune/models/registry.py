@@ -3,15 +3,20 @@
 import difflib
 from typing import Any
 
-from jaxtune.models.family import Family, HFConfig
+from jaxtune.models.family import Family
 from jaxtune.models.llama import LLAMA
 from jaxtune.models.mistral import MISTRAL
 from jaxtune.models.qwen2 import QWEN2
+from jaxtune.models.reading import HFConfig
+from jaxtune.models.t5_family import MT5, T5_FAMILY, UMT5
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "qwen2": QWEN2,
+    "t5": T5_FAMILY,
+    "mt5": MT5,
+    "umt5": UMT5,
 }
 
 

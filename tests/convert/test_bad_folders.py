@@ -119,8 +119,8 @@ def test_every_wrong_tensor_is_listed_at_once(single):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "lama"}, ["lama", "Nearest: 'llama'", "mistral, qwen2"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "default, linear, llama3"]),
+        ({"model_type": "lama"}, ["lama", "Nearest: 'llama'", "mistral", "qwen2"]),
+        ({"rope_parameters": {"rope_type": "mrope", "factor": 2.0}}, ["mrope", "default, linear, dynamic, yarn"]),
         ({"rope_theta": 7.0}, ["rope_theta = 7.0", "5000.0"]),
         ({"hidden_act": "xielu"}, ["xielu", "silu"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads = 3", "divisor of 4"]),

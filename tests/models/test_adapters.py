@@ -86,7 +86,7 @@ def test_only_adapters_have_gradients_and_b_gets_one(decoder):
         model = nnx.merge(graph, trainable, frozen)
         hidden = model(
             tokens, jnp.arange(12)[None], jnp.ones_like(tokens), compute_dtype=jnp.float32, attention=ATTENTIONS["xla"]
-        )
+        ).hidden
         return jnp.sum(model.logits(hidden) ** 2)
 
     gradient = nnx.to_flat_state(jax.grad(loss)(trainable))

@@ -40,7 +40,7 @@ def greedy_with_cache(decoder, config, side):
     @jax.jit
     def forward(state, cache, *arrays):
         model = nnx.merge(graph, state)
-        hidden, cache = model(*arrays, compute_dtype=jnp.float32, attention=xla, cache=cache)
+        hidden, cache, _ = model(*arrays, compute_dtype=jnp.float32, attention=xla, cache=cache)
         return model.logits(hidden), cache
 
     cache = init_cache(config, batch=2, capacity=tokens.shape[1] + NEW, dtype=jnp.float32)
@@ -76,7 +76,7 @@ def test_bfloat16_cache_holds_what_the_layer_reads(loaded):
     _, (decoder, config) = loaded
     cache = init_cache(config, batch=1, capacity=4, dtype=jnp.bfloat16)
     row = jnp.ones((1, 3), jnp.int32)
-    _, cache = decoder(row, jnp.arange(3)[None], row, compute_dtype=jnp.bfloat16, attention=xla, cache=cache)
+    _, cache, _ = decoder(row, jnp.arange(3)[None], row, compute_dtype=jnp.bfloat16, attention=xla, cache=cache)
     assert {array.dtype for array in (*cache.keys, *cache.values)} == {jnp.dtype(jnp.bfloat16)}
     assert int(cache.length) == 3
     np.testing.assert_array_equal(cache.segment_ids, [[1, 1, 1, 0]])

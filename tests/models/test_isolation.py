@@ -39,7 +39,7 @@ def gradients(decoder, tokens, positions, segments, weights, attention):
             model = nnx.merge(graph, state)
             hidden = model(
                 tokens, positions, segments, compute_dtype=jnp.float32, attention=ATTENTIONS[attention], remat="minimal"
-            )
+            ).hidden
             logits = jax.nn.log_softmax(model.logits(hidden))
             picked = jnp.take_along_axis(logits, (tokens * 7 % 97)[..., None], -1)[..., 0]
             return jnp.sum(picked * weights), logits
@@ -105,7 +105,7 @@ def test_remat_changes_no_gradient(decoder, remat):
         def of(state):
             model = nnx.merge(graph, state)
             arrays = [jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments)]
-            hidden = model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS["xla"], remat=policy)
+            hidden = model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS["xla"], remat=policy).hidden
             return jnp.sum(hidden[:, 1:23] ** 3)
 
         return of(state)

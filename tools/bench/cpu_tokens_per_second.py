@@ -55,7 +55,7 @@ def run_jaxtune(method: str, trained: float) -> list[float]:
     optimizer = make_optimizer(config, 100, plan.trainable)
     trainable, frozen = plan.make()
     state = jax.jit(lambda tree: initial_state(optimizer, tree))(trainable)
-    compute, _ = assembly.resolve_compute(config, "cpu")
+    compute, _ = assembly.resolve_compute(config, plan, "cpu")
     seconds, compiled = [], None
     for tokens, mask in batches(trained):
         targets = np.roll(tokens, -1, axis=1)

@@ -1,0 +1,299 @@
+"""The mlp half of a layer where every token takes a few of many experts: router, grouped matmul, expert axis.
+
+n tokens, k experts of each, E experts, D model width, F width of an expert, r adapter rank.
+
+Nothing is dropped and no expert has a capacity: rows are sorted by expert and multiplied group by group
+(`jax.lax.ragged_dot`). Over the mesh's `expert` axis every device holds some experts; tokens are gathered along it,
+each device computes what its experts have to say about all of them, and the sums are scattered back.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxtune import sharding
+from jaxtune.models.decoder_config import DecoderConfig, ExpertsConfig
+from jaxtune.models.layers import Dropout, Linear, LoRAParam, draw_normal
+from jaxtune.models.mlp import ACTIVATIONS, Mlp
+
+
+class RouterSums(NamedTuple):
+    """What one layer's router did, summed over the tokens that are not padding.
+
+    `selected` [E]: how many tokens chose each expert. `probabilities` [E]: the softmax over all experts. `z`: squared
+    log-normalizers. `tokens`: how many there were. All float32; only the middle two carry gradients.
+    """
+
+    selected: jax.Array
+    probabilities: jax.Array
+    z: jax.Array
+    tokens: jax.Array
+
+
+class RouterParam(nnx.Param):
+    """A parameter of a router: a kind of its own, so that routers can be frozen."""
+
+
+class Correction(nnx.Variable):
+    """DeepSeek-V3's bias on the choice of experts: a statistic, which no gradient reaches and no optimizer touches."""
+
+
+class Router(nnx.Module):
+    """Scores experts, in float32 at least: a bfloat16 score sends tokens elsewhere."""
+
+    def __init__(self, config: DecoderConfig, experts: ExpertsConfig, key: jax.Array, *, param_dtype: Any):
+        kernel = draw_normal(key, (config.width, experts.count), config.init_std, param_dtype)
+        self.kernel = RouterParam(kernel, axes=("embed", None))
+        if experts.router_bias:
+            self.bias = RouterParam(jnp.zeros((experts.count,), param_dtype), axes=(None,))
+        if experts.correction_bias:
+            self.correction = Correction(jnp.zeros((experts.count,), jnp.float32), axes=(None,))
+        self.experts = experts
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Maps `[B T D]` to (weights `[B T k]`, experts int32 `[B T k]`, scores `[B T E]`), float32 at least."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.einsum("BTD,DE->BTE", x.astype(wide), self.kernel[...].astype(wide))
+        if self.experts.router_bias:
+            logits += self.bias[...].astype(wide)
+        correction = self.correction[...] if self.experts.correction_bias else None
+        return (*choose_experts(logits, self.experts, correction), logits)
+
+
+def choose_experts(
+    logits: jax.Array, experts: ExpertsConfig, correction: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (weights, experts) `[... k]` of tokens with these scores `[... E]`."""
+    if experts.score == "top_softmax":
+        best, chosen = jax.lax.top_k(logits, experts.per_token)
+        return jax.nn.softmax(best, axis=-1), chosen
+    scores = jax.nn.softmax(logits, axis=-1) if experts.score == "softmax" else jax.nn.sigmoid(logits)
+    choice = jax.lax.stop_gradient(scores if correction is None else scores + correction)
+    if experts.groups > 1:
+        choice = _in_best_groups(choice, experts)
+    chosen = jax.lax.top_k(choice, experts.per_token)[1]
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if experts.normalize:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * experts.scale, chosen
+
+
+def _in_best_groups(choice: jax.Array, experts: ExpertsConfig) -> jax.Array:
+    """Puts the scores of experts outside a token's best groups to -inf (DeepSeek-V2, 2.2.2; V3, 2.1.2)."""
+    grouped = choice.reshape(*choice.shape[:-1], experts.groups, -1)
+    best = jax.lax.top_k(grouped, {"max": 1, "top2": 2}[experts.group_score])[0].sum(axis=-1)
+    kept = jax.lax.top_k(best, experts.groups_kept)[1]
+    is_kept = jax.nn.one_hot(kept, experts.groups, dtype=bool).any(axis=-2)
+    return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+class ExpertLinear(nnx.Module):
+    """A linear layer of every expert: kernel `[E in out]`, bias `[E out]`, adapter `[E in r]`, `[E r out]`."""
+
+    def __init__(
+        self,
+        name: str,
+        key: jax.Array,
+        *,
+        count: int,
+        in_size: int,
+        out_size: int,
+        axes: tuple[str, str],
+        bias: bool,
+        adaptable: bool,
+        std: float,
+        param_dtype: jax.typing.DTypeLike,
+    ):
+        kernel = draw_normal(key, (count, in_size, out_size), std, param_dtype)
+        self.name, self.adaptable = name, adaptable
+        self.kernel = nnx.Param(kernel, axes=("experts", *axes))
+        zeros = jnp.zeros((count, out_size), param_dtype)
+        self.bias = nnx.Param(zeros, axes=("experts", axes[1])) if bias else None
+        self.lora_a: LoRAParam | None = nnx.data(None)
+        self.lora_b: LoRAParam | None = nnx.data(None)
+
+    def arrays(self) -> "ExpertArrays":
+        """Returns the layer's arrays, the adapter's scale multiplied in."""
+        lora_b = self.lora_b[...] * self.lora_a.get_metadata()["scale"] if self.lora_a and self.lora_b else None
+        kernel, bias, lora_a = (p[...] if p is not None else None for p in (self.kernel, self.bias, self.lora_a))
+        return ExpertArrays(kernel, bias, lora_a, lora_b)
+
+    def specs(self, mesh: Any) -> "ExpertArrays":
+        """Returns how each of `arrays` lies on the mesh."""
+
+        def spec(p: nnx.Variable | None) -> PartitionSpec | None:
+            if p is None:
+                return None
+            shape = p[...].shape
+            return sharding.parameter_spec(p.get_metadata()["axes"][-len(shape) :], shape, mesh)
+
+        return ExpertArrays(*map(spec, (self.kernel, self.bias, self.lora_a, self.lora_b)))
+
+
+class ExpertArrays(NamedTuple):
+    """What `ExpertLinear` holds, as plain arrays; `lora_b` is already scaled."""
+
+    kernel: Any
+    bias: Any
+    lora_a: Any
+    lora_b: Any
+
+
+def _apply(arrays: ExpertArrays, rows: jax.Array, sizes: jax.Array, expert: jax.Array, *, share: float) -> jax.Array:
+    """Multiplies rows `[m in]`, sorted by expert, each by its own; `share` of the bias is added.
+
+    Args:
+        sizes: rows of each expert, int32 `[E]`; rows after the last of them give numbers without meaning.
+        expert: of each row, int32 `[m]`.
+    """
+    y = jax.lax.ragged_dot(rows, arrays.kernel.astype(rows.dtype), sizes)
+    if arrays.bias is not None:
+        y += (arrays.bias * share).astype(rows.dtype)[expert]
+    if arrays.lora_a is not None:
+        low = jax.lax.ragged_dot(rows, arrays.lora_a.astype(rows.dtype), sizes)
+        y += jax.lax.ragged_dot(low, arrays.lora_b.astype(rows.dtype), sizes)
+    return y
+
+
+class SparseMlp(nnx.Module):
+    """Router, experts, and the shared mlp where there is one."""
+
+    def __init__(
+        self, config: DecoderConfig, experts: ExpertsConfig, key: jax.Array, *, param_dtype: jax.typing.DTypeLike
+    ):
+        keys = jax.random.split(key, 5)
+        make = partial(
+            ExpertLinear,
+            count=experts.count,
+            bias=experts.bias,
+            adaptable=not experts.fused,
+            std=config.init_std,
+            param_dtype=param_dtype,
+        )
+        wide = partial(make, in_size=config.width, axes=("embed", "mlp"))
+        self.router = Router(config, experts, keys[0], param_dtype=param_dtype)
+        if experts.fused:
+            self.gate_up_proj = wide(config.expert_name("gate_up_proj"), keys[1], out_size=2 * experts.width)
+        else:
+            self.gate_proj = wide(config.expert_name("gate_proj"), keys[1], out_size=experts.width)
+            self.up_proj = wide(config.expert_name("up_proj"), keys[2], out_size=experts.width)
+        self.down_proj = make(
+            config.expert_name("down_proj"),
+            keys[3],
+            in_size=experts.width,
+            out_size=config.width,
+            axes=("mlp", "embed"),
+        )
+        if experts.shared_width:
+            self.shared = Mlp(config, keys[4], param_dtype=param_dtype, width=experts.shared_width)
+        if experts.shared_gate:
+            self.shared_gate = Linear(
+                "shared_expert_gate",
+                keys[4],
+                in_size=config.width,
+                out_size=1,
+                axes=("embed", None),
+                bias=False,
+                std=config.init_std,
+                param_dtype=param_dtype,
+            )
+        self.config, self.experts = config, experts
+
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array, *, dropout: Dropout | None
+    ) -> tuple[jax.Array, RouterSums]:
+        """Maps `[B T D]` to `[B T D]`, and says what the router did; segment 0 is padding."""
+        weights, chosen, logits = self.router(x)
+        real = (segment_ids != 0).astype(logits.dtype)
+        sums = RouterSums(
+            selected=jnp.sum(jax.nn.one_hot(chosen, self.experts.count) * real[..., None, None], axis=(0, 1, 2)),
+            probabilities=jnp.sum(jax.nn.softmax(logits, axis=-1) * real[..., None], axis=(0, 1)),
+            z=jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real),
+            tokens=jnp.sum(real),
+        )
+        y = self._experts(x, weights.astype(x.dtype), chosen)
+        if self.experts.shared_width:
+            shared = self.shared(x, dropout=dropout)
+            if self.experts.shared_gate:
+                shared *= jax.nn.sigmoid(self.shared_gate(x, dropout))
+            y += shared
+        return sharding.constrain(y, ("batch", "seq", None)), sums
+
+    def _experts(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        layers = [self.gate_up_proj] if self.experts.fused else [self.gate_proj, self.up_proj]
+        layers.append(self.down_proj)
+        arrays = [layer.arrays() for layer in layers]
+        if mesh.empty or math.prod(mesh.shape.values()) == 1:
+            return self._of_tokens(x, weights, chosen, arrays, experts=self.experts.count, first=0, share=1.0)
+        specs = tuple(layer.specs(mesh) for layer in layers)
+        tokens = sharding.activation_spec(("batch", "seq", None), x.shape, mesh)
+
+        def on_device(x: jax.Array, weights: jax.Array, chosen: jax.Array, *arrays: ExpertArrays) -> jax.Array:
+            return self._on_device(x, weights, chosen, arrays, specs, mesh)
+
+        run = jax.shard_map(on_device, in_specs=(tokens, tokens, tokens, *specs), out_specs=tokens, check_vma=False)
+        return run(x, weights, chosen, *arrays)
+
+    def _on_device(self, x: Any, weights: Any, chosen: Any, arrays: Any, specs: Any, mesh: Any) -> jax.Array:
+        """Computes one device's part: its experts on the tokens of its whole expert group."""
+        arrays = [
+            ExpertArrays(*(_whole(a, s, "fsdp") for a, s in zip(layer, spec, strict=True)))
+            for layer, spec in zip(arrays, specs, strict=True)
+        ]
+        count = arrays[-1].kernel.shape[0]
+        is_split = count < self.experts.count
+        if is_split:
+            x, weights, chosen = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, chosen))
+        over_tensor = specs[-1].kernel[1] == "tensor"
+        y = self._of_tokens(
+            x,
+            weights,
+            chosen,
+            arrays,
+            experts=count,
+            first=jax.lax.axis_index("expert") * count if is_split else 0,
+            share=1.0 / mesh.shape["tensor"] if over_tensor else 1.0,
+        )
+        if over_tensor:
+            y = jax.lax.psum(y, "tensor")
+        return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True) if is_split else y
+
+    def _of_tokens(
+        self, x: Any, weights: Any, chosen: Any, arrays: Any, *, experts: int, first: Any, share: float
+    ) -> jax.Array:
+        """Returns `[B T D]`, the weighted sum of what `experts` experts from number `first` on say of each token."""
+        k = chosen.shape[-1]
+        local = chosen.reshape(-1) - first
+        is_here = (local >= 0) & (local < experts)
+        local = jnp.where(is_here, local, experts)
+        order = jnp.argsort(local, stable=True)
+        expert, token = local[order], order // k
+        sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
+        rows = x.reshape(-1, x.shape[-1])[token]
+        apply = partial(_apply, sizes=sizes, expert=jnp.minimum(expert, experts - 1))
+        hidden = self._unit([apply(layer, rows, share=1.0) for layer in arrays[:-1]])
+        y = apply(arrays[-1], hidden, share=share)
+        y = jnp.where((expert < experts)[:, None], y * weights.reshape(-1)[order][:, None], 0)
+        return jnp.zeros((x.shape[0] * x.shape[1], y.shape[-1]), y.dtype).at[token].add(y).reshape(*x.shape[:2], -1)
+
+    def _unit(self, parts: list[jax.Array]) -> jax.Array:
+        """Joins gate and up, `[m F]` each or alternating in one `[m 2F]`."""
+        gate, up = (parts[0][:, ::2], parts[0][:, 1::2]) if self.experts.fused else parts
+        limit = self.experts.swiglu_limit
+        if limit is None:
+            return ACTIVATIONS[self.config.activation](gate) * up
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(gate * self.experts.swiglu_alpha)
+
+
+def _whole(array: Any, spec: Any, axis: str) -> Any:
+    """Gathers an array's part along the dimension that is split over a mesh axis, if one is."""
+    if array is None or axis not in spec:
+        return array
+    return jax.lax.all_gather(array, axis, axis=spec.index(axis), tiled=True)
