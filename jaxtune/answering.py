@@ -11,7 +11,7 @@ import numpy as np
 from jaxtune import adapters, sharding
 from jaxtune.asking import Sampling
 from jaxtune.data.records import Message, RowError
-from jaxtune.decoding import Decoding, Rows, bucket, cache_bytes
+from jaxtune.decoding import Rows, bucket, cache_bytes, make_decoding
 from jaxtune.opening import Opened, open_model
 
 BATCH_BYTES = 1 << 30  # of one batch's cache and attention scores, where the number of rows is left to us
@@ -42,7 +42,7 @@ class Answerer:
         if batch is not None and batch < 1:
             raise ValueError(f"--batch: found {batch}; expected at least 1")
         self.opened, self._batch = opened, batch
-        self._decoding = Decoding(opened.graph, opened.config, stop_ids=opened.stop_ids, dtype=opened.dtype)
+        self._decoding = make_decoding(opened.graph, opened.config, stop_ids=opened.stop_ids, dtype=opened.dtype)
         self._tokenizer = opened.template.tokenizer
 
     def encode(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
@@ -55,6 +55,8 @@ class Answerer:
             tokens = self.opened.template.prompt_tokens(messages, tools=tools)
         except RowError as error:
             raise ValueError(str(error)) from error
+        if self.opened.config.is_encoder_decoder:
+            tokens = [*tokens, self._tokenizer.eos_token_id]  # as its encoder was trained
         positions = self.opened.config.max_positions
         if len(tokens) >= positions:
             raise ValueError(

@@ -93,7 +93,8 @@ def export_adapter(
         with fs.open(f"{root}/README.md", "wb") as file:
             file.write(card.encode())
         names = sorted({key.split(".")[-3] for key in places})
-        hf.write_json(fs, f"{root}/{CONFIG}", _adapter_config(variables, names, base_name, revision))
+        task_type = family_of(base.config, where=base.path).task_type
+        hf.write_json(fs, f"{root}/{CONFIG}", _adapter_config(variables, names, base_name, revision, task_type))
         if open_adapter(out_dir).folder.headers[WEIGHTS] != raw:
             raise ValueError(f"{out_dir}: {WEIGHTS} read back differs from what was written; check the disk")
 
@@ -111,7 +112,7 @@ def _adapter_places(base: HFFolder, variables: dict[Path, Any]) -> dict[str, tup
 
 
 def _adapter_config(
-    variables: dict[Path, Any], names: list[str], base_name: str, revision: str | None
+    variables: dict[Path, Any], names: list[str], base_name: str, revision: str | None, task_type: str
 ) -> dict[str, Any]:
     """Returns adapter_config.json: the keys that every PEFT since 0.5 reads and no more (unknown ones warn)."""
     lora_a = next(variable for path, variable in variables.items() if path[-1] == "lora_a")
@@ -120,7 +121,7 @@ def _adapter_config(
     alpha = options["scale"] * rank
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_name,
         "revision": revision,
         "r": rank,

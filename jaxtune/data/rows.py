@@ -39,10 +39,6 @@ class Rows(abc.ABC):
         """Arrays of rows of (example, source)."""
 
     @abc.abstractmethod
-    def tokens_in(self, batch: Any) -> int:
-        """How many positions of a batch hold a token, on all sides."""
-
-    @abc.abstractmethod
     def describe(self, fill: Sequence[float]) -> str:
         """Says how full rows are, from the share of positions filled on each side."""
 
@@ -87,9 +83,6 @@ class SequenceRows(Rows):
     def lay_out(self, rows: Sequence[Sequence[tuple[Any, int]]]) -> Batch:
         return packing.lay_out(rows, self.length)
 
-    def tokens_in(self, batch: Batch) -> int:
-        return int((batch.segment_ids > 0).sum())
-
     def describe(self, fill: Sequence[float]) -> str:
         return f"packing fills {fill[0]:.1%} of {self.length} positions a row"
 
@@ -118,9 +111,6 @@ class PairRows(Rows):
 
     def lay_out(self, rows: Sequence[Sequence[tuple[Any, int]]]) -> PairBatch:
         return packing.lay_out_pairs(rows, self.encoder_length, self.length, start_token=self.start_token)
-
-    def tokens_in(self, batch: PairBatch) -> int:
-        return int((batch.encoder_segment_ids > 0).sum() + (batch.segment_ids > 0).sum())
 
     def describe(self, fill: Sequence[float]) -> str:
         encoder, decoder = fill

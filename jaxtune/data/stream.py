@@ -150,7 +150,7 @@ class Stream:
             after: dict[str, Any] = {"fingerprint": self.fingerprint, "batch": batch}
             if self.phase_ends:
                 counts = any(end.kind == "tokens" for end in self.phase_ends[len(ends) :])
-                tokens += sum(n for [n] in exchange([self.maker.rows.tokens_in(made.arrays)])) if counts else 0
+                tokens += sum(n for [n] in exchange([int(made.arrays.token_count)])) if counts else 0
                 if self._phase_is_over(batch, tokens, len(ends)):
                     # A window is begun once a row of it is taken; the first that no lane has begun opens the phase.
                     begun = max(window + (row > 0) for window, row in cursors.values())
