@@ -10,66 +10,90 @@ import dataclasses
 import functools
 import itertools
 import json
+import operator
 import unicodedata
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-_SPACE = "\u2581"  # SentencePiece's sign for a space
+from jaxtune.data.chat.words import SPACE, WordEncoder, word_encoder
+
 _UNKNOWN = 1 << 40  # the length of a token whose text is not known: no sum with it is ever right
 
 
-class Places(NamedTuple):
-    """First character of each token and the one past its last, int64 [n] each, counted from `base`.
+class Encoded(NamedTuple):
+    """Texts as tokens, end to end, and where each token stands.
 
-    `in_bytes`: bytes of UTF-8 stand for characters. Tokens without width, as some tokenizers leave them when they trim
-    spaces, end where they begin; `some_empty` says that there may be such.
+    Text t has the tokens `splits[t]` .. `splits[t + 1]` of `ids`, int32 [tokens]. `start` and `end`, int64 [tokens],
+    are a token's first character and the one past its last, counted on from text to text: text t begins at `base[t]`,
+    and a gap of one keeps texts apart. `in_bytes[t]`: bytes of UTF-8 stand for characters. Tokens without width, as
+    some tokenizers leave them when they trim spaces, count as one character wide.
     """
 
+    ids: np.ndarray
+    splits: list[int]
     start: np.ndarray
     end: np.ndarray
-    base: int
-    in_bytes: bool
-    some_empty: bool
+    base: list[int]
+    in_bytes: list[bool]
 
-    def first(self, text: str, position: int) -> int:
-        """The number of the first token that is not wholly before a character; one without width counts as one wide."""
-        end = np.maximum(self.end, self.start + 1) if self.some_empty else self.end
-        return int(end.searchsorted(self._unit(text, position), side="right"))
-
-    def until(self, text: str, position: int) -> int:
-        """How many tokens begin before a character."""
-        return int(self.start.searchsorted(self._unit(text, position), side="left"))
-
-    def _unit(self, text: str, position: int) -> int:
-        if self.in_bytes and not text.isascii():
+    def place(self, t: int, text: str, position: int) -> int:
+        """Where a character of text t, which is `text`, is counted."""
+        if self.in_bytes[t] and not text.isascii():
             position = len(text[:position].encode("utf-8", "surrogatepass"))
-        return self.base + position
+        return self.base[t] + position
+
+    def first(self, places: Sequence[int]) -> np.ndarray:
+        """For each place the number of the first token of its text that is not wholly before it, int64."""
+        return self.end.searchsorted(np.array(places, np.int64), side="right")
+
+    def until(self, places: Sequence[int]) -> np.ndarray:
+        """For each place the number of the first token that does not begin before it, int64."""
+        return self.start.searchsorted(np.array(places, np.int64), side="left")
 
 
 class Encoder:
     """Token ids of texts, and where each token stands; for a `tokenizers.Tokenizer`."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._lengths = tokenizer, _token_lengths(tokenizer)
+        self._tokenizer = tokenizer
+        self._lengths, self._words = _what_is_known(tokenizer, tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, texts: list[str]) -> list[tuple[np.ndarray, Places]]:
-        """(ids int32 [n], places) of each text, without special tokens but those that stand in it."""
-        if not texts:
-            return []
+    def encode(self, texts: list[str]) -> Encoded:
+        """The texts' tokens, without special ones but those that stand in a text.
+
+        All texts are one array: a handful of numpy calls for each of thousands would take longer than the rest.
+        """
+        flat, counts, encodings = self._ids(texts)
+        splits = [0, *np.cumsum(counts).tolist()]
+        sizes = np.array([len(t) if t.isascii() else len(t.encode("utf-8", "surrogatepass")) for t in texts], np.int64)
+        base = np.cumsum(sizes + 1) - (sizes + 1)
         if self._lengths is None:
-            return [_with_offsets(e) for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        placed = self._lengths.places([encoding.ids for encoding in found], texts)
-        return [
-            _with_offsets(self._tokenizer.encode(text, add_special_tokens=False)) if one is None else one
-            for text, one in zip(texts, placed, strict=True)
-        ]
+            start, end = np.zeros((2, len(flat)), np.int64)
+            adds_up = [False] * len(texts)
+        else:
+            start, end, adds_up = self._lengths.places(flat, counts, texts, sizes)
+            start += np.repeat(base, counts)
+            end += np.repeat(base, counts)
+        for t in itertools.compress(range(len(texts)), map(operator.not_, adds_up)):
+            asked = encodings[t] if encodings else self._tokenizer.encode(texts[t], add_special_tokens=False)
+            here = slice(splits[t], splits[t + 1])
+            start[here], end[here] = base[t] + np.array(asked.offsets, np.int64).reshape(-1, 2).T
+        return Encoded(flat, splits, start, np.maximum(end, start + 1), base.tolist(), adds_up)
 
-
-def _with_offsets(encoding: Any) -> tuple[np.ndarray, Places]:
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    return np.array(encoding.ids, np.int32), Places(offsets[:, 0], offsets[:, 1], 0, in_bytes=False, some_empty=True)
+    def _ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, Sequence[Any]]:
+        """The ids of all texts, int32, how many each has, int64, and the encodings with offsets if there are any."""
+        if self._words is not None:
+            words = self._words.encode(texts)
+            return np.frombuffer(b"".join(words), np.int32), np.array([len(one) // 4 for one in words], np.int64), ()
+        known = self._lengths is not None
+        encode_batch = self._tokenizer.encode_batch_fast if known else self._tokenizer.encode_batch
+        encodings = encode_batch(texts, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        counts = np.array([len(one) for one in ids], np.int64)
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(counts.sum()))
+        return flat, counts, () if known else encodings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,37 +115,35 @@ class _TokenLengths:
     nfc: bool
     keeps_first: bool
 
-    def places(self, ids: list[list[int]], texts: list[str]) -> list[tuple[np.ndarray, Places] | None]:
-        """Where the tokens of texts stand, in bytes of UTF-8; None for a text whose tokens do not add up to it.
+    def places(
+        self, flat: np.ndarray, counts: np.ndarray, texts: list[str], sizes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, list[bool]]:
+        """First byte of each token and the one past its last, each from its text's beginning, int64 [tokens]; and which
+        texts their tokens add up to.
 
-        All texts are one array here: a handful of numpy calls for each of thousands would take longer than the rest.
+        Text t has `counts[t]` of the tokens `flat` and `sizes[t]` bytes of UTF-8.
         """
-        counts = np.array([len(one) for one in ids], np.int64)
+        if not len(flat):
+            return *np.zeros((2, 0), np.int64), (sizes == 0).tolist()
         stop = np.cumsum(counts)
         first = stop - counts
-        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(stop[-1]))
         lengths = self.lengths[flat] - self._written(flat, first, counts, texts)
         end = np.cumsum(lengths)
+        begin = np.concatenate([[0], end])[first]
+        found = np.concatenate([[0], end])[stop] - begin
+        end -= np.repeat(begin, counts)
         start = end - lengths
-        base = np.where(counts > 0, start[np.minimum(first, len(flat) - 1)], 0) if len(flat) else first
-        sizes = np.array([len(t) if t.isascii() else len(t.encode("utf-8", "surrogatepass")) for t in texts], np.int64)
-        found = np.where(counts > 0, end[np.minimum(stop, len(flat)) - 1] - base, -1) if len(flat) else counts - 1
-        trims = bool(self.lead.any() or self.trail.any())
-        some_empty = trims or self.prefix != "never"
-        if trims:
+        if self.lead.any() or self.trail.any():
             lead = self.lead[flat]
             if self.keeps_first:
                 opening = first[counts > 0]
                 lead[opening[lead[opening] == 1]] = 0
             start = np.minimum(start + lead, end)
             end = np.maximum(end - self.trail[flat], start)
-        right = (found == sizes).tolist()
-        out: list[tuple[np.ndarray, Places] | None] = []
-        for i, (a, b, zero) in enumerate(zip(first.tolist(), stop.tolist(), base.tolist(), strict=True)):
-            foreseen = right[i] and not (self.nfc and not unicodedata.is_normalized("NFC", texts[i]))
-            here = slice(a, b)
-            out.append((flat[here], Places(start[here], end[here], zero, True, some_empty)) if foreseen else None)
-        return out
+        adds_up = (found == sizes).tolist()
+        if self.nfc:
+            adds_up = [one and unicodedata.is_normalized("NFC", t) for one, t in zip(adds_up, texts, strict=True)]
+        return start, end, adds_up
 
     def _written(self, flat: np.ndarray, first: np.ndarray, counts: np.ndarray, texts: list[str]) -> Any:
         """1 for each token that has a space of the tokenizer's own, else 0."""
@@ -139,15 +161,19 @@ class _TokenLengths:
         return spaced
 
 
-def _token_lengths(tokenizer: Any) -> _TokenLengths | None:
-    """The lengths of a tokenizer's tokens; None for a kind that this does not know."""
-    return _made_once(tokenizer, tokenizer.get_vocab_size(with_added_tokens=True))
-
-
 @functools.lru_cache(maxsize=4)
-def _made_once(tokenizer: Any, size: int) -> _TokenLengths | None:
-    """Templates share a tokenizer, whose vocabulary takes a third of a second to go through."""
+def _what_is_known(tokenizer: Any, size: int) -> tuple[_TokenLengths | None, WordEncoder | None]:
+    """The lengths of a tokenizer's tokens, and its words' encoder; None for kinds that this does not know.
+
+    Templates share a tokenizer, whose vocabulary takes a third of a second to go through.
+    """
     told = json.loads(tokenizer.to_str())
+    lengths = _token_lengths(tokenizer, told, size)
+    is_sentencepiece = lengths is not None and _trims(told) is None
+    return lengths, word_encoder(tokenizer, told, lengths.prefix) if lengths and is_sentencepiece else None
+
+
+def _token_lengths(tokenizer: Any, told: dict[str, Any], size: int) -> _TokenLengths | None:
     changed = told["normalizer"] is not None
     plain = all(
         not (t["lstrip"] or t["rstrip"] or t["single_word"] or (changed and t["normalized"]))
@@ -179,7 +205,7 @@ def _made_once(tokenizer: Any, size: int) -> _TokenLengths | None:
 def _sentencepiece_bytes(token: str) -> int:
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return 1
-    return len(token.replace(_SPACE, " ").encode())
+    return len(token.replace(SPACE, " ").encode())
 
 
 def _trims(told: dict[str, Any]) -> bool | None:
@@ -201,9 +227,9 @@ def _prefix(told: dict[str, Any]) -> str | None:
     before = told["pre_tokenizer"]
     kinds = [f"{s['type']} {s.get('prepend') or s.get('content')}" for s in _steps(told["normalizer"], "normalizers")]
     if before is None:
-        known = {f"Prepend {_SPACE}, Replace {_SPACE}": "every", f"Replace {_SPACE}": "never"}
+        known = {f"Prepend {SPACE}, Replace {SPACE}": "every", f"Replace {SPACE}": "never"}
         return known.get(", ".join(kinds))
-    if before["type"] != "Metaspace" or before["replacement"] != _SPACE or kinds:
+    if before["type"] != "Metaspace" or before["replacement"] != SPACE or kinds:
         return None
     return {"first": "first", "never": "never"}.get(before["prepend_scheme"])
 

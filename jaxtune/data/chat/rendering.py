@@ -17,7 +17,7 @@ import jinja2.meta
 import numpy as np
 
 from jaxtune.data.chat.jinja_sandbox import chat_environment
-from jaxtune.data.chat.offsets import Encoder, Places
+from jaxtune.data.chat.offsets import Encoded, Encoder
 from jaxtune.data.chat.turns import LEARNT, Turn, TurnFinder, after_marks, probe
 from jaxtune.data.records import Conversation, Message, RowError
 from jaxtune.data.tool_calls import as_text, uses_tools, with_ids
@@ -47,6 +47,16 @@ class Rendered:
     def stops(self) -> int:
         """Trained answers whose end-of-turn token is trained too."""
         return sum(stops for _, stops in self.ends)
+
+
+class _Layout(NamedTuple):
+    """A rendered text, and its `spans`: first character, the one past the last, weight, and whether it is a trained
+    answer. `everything`: what is outside all spans counts too.
+    """
+
+    text: str
+    spans: list[tuple[int, int, float, bool]]
+    everything: bool
 
 
 class Answer(NamedTuple):
@@ -98,6 +108,7 @@ class ChatTemplate:
             names = jinja2.meta.find_undeclared_variables(environment.parse(self.text))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"template {self.name}, line {error.lineno}: {error.message}") from error
+        self._jinja.globals = dict(self._jinja.globals)  # gathered once: jinja's chain of maps takes longer than a text
         self._names = dict(self.tokenizer.special_tokens_map)  # bos_token, eos_token, ...: what templates may name
         self.knows_tools = "tools" in names and "tool_calls" in self.text
         self._encoder = Encoder(self.tokenizer.backend_tokenizer)
@@ -172,10 +183,9 @@ class ChatTemplate:
                 results.append(self._layout(conversation, train_on))
             except RowError as error:
                 results.append(error)
-        good = [result for result in results if not isinstance(result, RowError)]
-        encoded = self._encoder.encode([text for text, *_ in good])
-        finished = iter([self._weigh(layout, *found) for layout, found in zip(good, encoded, strict=True)])
-        return [result if isinstance(result, RowError) else next(finished) for result in results]
+        good = [result for result in results if isinstance(result, _Layout)]
+        finished = iter(self._weigh(good, self._encoder.encode([layout.text for layout in good])) if good else ())
+        return [next(finished) if isinstance(result, _Layout) else result for result in results]
 
     def _turns(self, conversation: Conversation) -> tuple[str, tuple[Message, ...], list[Turn]]:
         """(text, the messages as they were rendered, where they are)."""
@@ -190,32 +200,50 @@ class ChatTemplate:
         text = self.text_of([m.as_dict() for m in messages])
         return text, messages, self._finder.find(text, messages)
 
-    def _layout(self, conversation: Conversation, train_on: str) -> tuple[Any, ...]:
-        """(text, spans with weights, trained answers' spans, whether everything else counts too)."""
+    def _layout(self, conversation: Conversation, train_on: str) -> _Layout:
         text, messages, turns = self._turns(conversation)
         last = max((i for i, m in enumerate(messages) if m.role in LEARNT), default=-1)
-        spans, answers = [], []
+        spans = []
         for i, (message, turn) in enumerate(zip(messages, turns, strict=True)):
-            learnt = message.role in LEARNT
             weight = _weight_of(message, train_on, last=i == last)
-            span = (turn.start, turn.end, weight) if learnt else (turn.content, turn.content_end, weight)
-            spans.append(span)
-            if learnt and weight > 0 and turn.end > turn.start:  # an empty answer has no place
-                answers.append(turn)
-        return text, spans, answers, train_on == "all"
+            if message.role in LEARNT:  # an empty answer has no place
+                spans.append((turn.start, turn.end, weight, weight > 0 and turn.end > turn.start))
+            else:
+                spans.append((turn.content, turn.content_end, weight, False))
+        return _Layout(text, spans, train_on == "all")
 
-    def _weigh(self, layout: tuple[Any, ...], ids: np.ndarray, places: Places) -> Rendered:
-        """Gives each token the weight of the span it reaches into."""
-        text, spans, answers, everything = layout
-        weights = np.zeros(len(ids), np.float32)
-        if everything:  # but not what follows the last answer's end
-            weights[: places.until(text, max((span[1] for span in spans), default=0))] = 1.0
-        for first, stop, weight in spans:
-            if weight or everything:
-                weights[places.first(text, first) : places.until(text, stop)] = weight
-        last = [places.until(text, turn.end) - 1 for turn in answers]
-        ends = tuple((i, bool(ids[i] == self.end_id and weights[i] > 0)) for i in last)
-        return Rendered(ids, weights, text, tuple(s for s in spans if s[2] > 0 and s[1] > s[0]), ends)
+    def _weigh(self, layouts: Sequence[_Layout], encoded: Encoded) -> list[Rendered]:
+        """Gives each token the weight of the span it reaches into; all texts at once, as they were encoded."""
+        written: list[tuple[int, int, float, bool]] = []
+        counts = []
+        for t, (text, spans, everything) in enumerate(layouts):
+            if everything:  # but not what follows the last answer's end
+                spans = [(0, max((span[1] for span in spans), default=0), 1.0, False), *spans]
+            else:
+                spans = [span for span in spans if span[2]]
+            written += [(encoded.place(t, text, a), encoded.place(t, text, b), w, learnt) for a, b, w, learnt in spans]
+            counts.append(len(spans))
+        first = encoded.first([span[0] for span in written]).tolist()
+        until = encoded.until([span[1] for span in written]).tolist()
+        weights = np.zeros(len(encoded.ids), np.float32)
+        for a, b, span in zip(first, until, written, strict=True):
+            weights[a:b] = span[2]
+        stops = (encoded.ids == self.end_id) & (weights > 0)
+        out, k = [], 0
+        for t, ((text, spans, _), count) in enumerate(zip(layouts, counts, strict=True)):
+            begin, end = encoded.splits[t : t + 2]
+            answers = [until[i] for i in range(k, k + count) if written[i][3]]
+            out.append(
+                Rendered(
+                    encoded.ids[begin:end],
+                    weights[begin:end],
+                    text,
+                    tuple(span[:3] for span in spans if span[2] > 0 and span[1] > span[0]),
+                    tuple((after - 1 - begin, after > begin and bool(stops[after - 1])) for after in answers),
+                )
+            )
+            k += count
+        return out
 
     def answers(self, conversation: Conversation, *, train_on: str = "assistant") -> list[Answer]:
         """The trained answers of a conversation as pairs; raises RowError as `render`."""

@@ -5,6 +5,7 @@ the fields' values to conversations. A new format is a function and an entry.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
 from jaxtune.data.row_values import Row, missing, near
 
 _FLAT_TREE = {"message_id", "parent_id", "role", "text"}
+_MAX_KEYS = 256  # lists of keys remembered of a source
 
 
 class NoOptions(BaseModel):
@@ -89,8 +91,24 @@ class Layout:
         for field in spec.required:
             if self.columns[field] not in row:
                 raise RowError("missing column", missing(self.columns[field], list(row)))
-        found = {field: self._column(field, row) for field in (*spec.fields, *(set(self.columns) - set(spec.fields)))}
-        return {field: row.get(column) for field, column in found.items() if column is not None}
+        return {field: row.get(column) for field, column in self._columns_of(row).items()}
+
+    def _columns_of(self, row: Row) -> Mapping[str, str]:
+        """The column of each field that a row with these keys has."""
+        keys = tuple(row)
+        known = self._known_columns.get(keys)
+        if known is None:
+            fields = FORMATS[self.format].fields
+            found = {field: self._column(field, row) for field in (*fields, *(set(self.columns) - set(fields)))}
+            known = {field: column for field, column in found.items() if column is not None}
+            if len(self._known_columns) < _MAX_KEYS:
+                self._known_columns[keys] = known
+        return known
+
+    @functools.cached_property
+    def _known_columns(self) -> dict[tuple[str, ...], Mapping[str, str]]:
+        """What `_columns_of` has found: rows of a source have few different lists of keys."""
+        return {}
 
     def _column(self, field: str, row: Row) -> str | None:
         """The column of this row that holds the field: the layout's, else the first usual name that is there."""
