@@ -116,9 +116,7 @@ def make_train_step(
     An update whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
     """
 
-    def loss_sum(
-        trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, keys: Any
-    ) -> tuple[jax.Array, _Told]:
+    def loss_sum(trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, keys: Any) -> tuple[jax.Array, _Told]:
         losses, router = _losses(nnx.merge(graph, trainable, frozen), batch, compute, keys)
         total = losses.total
         if router is not None and (compute.load_balance or compute.router_z):
@@ -181,9 +179,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(
-    graph: nnx.GraphDef, compute: Compute
-) -> Callable[[nnx.State, nnx.State, AnyBatch], EvalSums]:
+def make_eval_step(graph: nnx.GraphDef, compute: Compute) -> Callable[[nnx.State, nnx.State, AnyBatch], EvalSums]:
     """Returns `eval_step(trainable, frozen, batch)`, which gives scalars only: logits never leave the device."""
 
     def part_sums(trainable: nnx.State, frozen: nnx.State, batch: AnyBatch) -> EvalSums:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny_runs
+import tokenizers
 import torch
 import transformers
 from flax import nnx
@@ -125,3 +127,25 @@ def whole(tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (tokens, positions, segment ids) of rows that are one segment each."""
     tokens = np.asarray(tokens)
     return tokens, np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), np.ones_like(tokens)
+
+
+def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """Writes a byte-level tokenizer of 280 pieces with T5's special tokens and no chat template."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, initial_alphabet=alphabet, special_tokens=["<pad>", "</s>", "<unk>"]
+    )
+    model.train_from_iterator(["name the colour of it is " + " ".join(tiny_runs.COLOURS)] * 9, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def tiny_base(folder: pathlib.Path, kind: str = "t5_1_1") -> pathlib.Path:
+    """Writes a small model that can learn, with its tokenizer; returns the folder."""
+    return write_tokenizer(tiny_folder(kind, folder, vocab_size=280, relative_attention_max_distance=32))

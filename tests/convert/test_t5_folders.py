@@ -175,7 +175,7 @@ def test_config_json_is_translated(changes, expected):
     ids=str,
 )
 def test_what_cannot_be_expressed_is_refused_by_name(changes, told):
-    with pytest.raises(ValueError, match="config.json: ") as caught:
+    with pytest.raises(ValueError, match=r"config\.json: ") as caught:
         read({**T5, **changes})
     assert told in str(caught.value)
 
