@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.chat.templates import ChatTemplate, Rendered
-from jaxtune.data.files.sources import Source
+from jaxtune.data.chat.rendering import ChatTemplate, Rendered
+from jaxtune.data.files.readers import Source
 from jaxtune.data.layouts.formats import Layout
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.reasoning import apply_reasoning, marked_answers

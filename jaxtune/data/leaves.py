@@ -14,7 +14,7 @@ from jaxtune.data import lengths
 from jaxtune.data.chat import templates
 from jaxtune.data.encoder_decoder import PairReader
 from jaxtune.data.examples import ExampleOptions, RowReader
-from jaxtune.data.files import sources
+from jaxtune.data.files import readers, sources
 from jaxtune.data.layouts import formats
 from jaxtune.data.mixing import mixture
 from jaxtune.data.mixing.shares import style_parts
@@ -91,12 +91,12 @@ class Opener:
         )
         self.reader_type = RowReader if encoder_length is None else PairReader
 
-    def find(self, root: Node) -> tuple[dict[int, sources.Source], Node, tuple[str, ...]]:
+    def find(self, root: Node) -> tuple[dict[int, readers.Source], Node, tuple[str, ...]]:
         """Opens the sources of a tree, by number; returns them, the tree of those found, and the names of the others.
 
         Raises ValueError listing every source that is not there, unless data.missing says to skip them.
         """
-        opened: dict[int, sources.Source] = {}
+        opened: dict[int, readers.Source] = {}
         missing: dict[str, str] = {}
         gone: set[int] = set()
         for leaf in root.leaves():
@@ -136,7 +136,7 @@ class Opener:
     def open(
         self,
         root: Node,
-        opened: dict[int, sources.Source],
+        opened: dict[int, readers.Source],
         *,
         fraction: float,
         excluded: np.ndarray | None = None,
@@ -154,7 +154,7 @@ class Opener:
         return tuple(out)
 
     def _reader(
-        self, leaf: Node, source: sources.Source, layout: formats.Layout, *, held: int, excluded: np.ndarray | None
+        self, leaf: Node, source: readers.Source, layout: formats.Layout, *, held: int, excluded: np.ndarray | None
     ) -> RowReader:
         seed = self.config.seed
         phrasing = tasks.load_phrasing(
@@ -194,7 +194,7 @@ class Opener:
 
 
 def _with_parts(
-    root: Node, opened: dict[int, sources.Source], fraction: float
+    root: Node, opened: dict[int, readers.Source], fraction: float
 ) -> Iterator[tuple[Node, tuple[int, int] | None]]:
     """The leaves, those that are styles of one source with their part of its rows."""
     if root.same_rows:
@@ -212,7 +212,7 @@ def held_out(size: int, fraction: float) -> int:
     return min(size - 1, max(1, round(size * fraction))) if fraction and size > 1 else 0
 
 
-def _held_key(source: sources.Source) -> int:
+def _held_key(source: readers.Source) -> int:
     return int.from_bytes(hashlib.blake2b(source.fingerprint.encode(), digest_size=7).digest(), "little")
 
 
@@ -273,7 +273,7 @@ def _score(leaf: OpenLeaf, row: int, column: str, *, needed: bool) -> float | No
     return float(value)
 
 
-def _layout(opened: sources.Source, source: SourceConfig, rows: int) -> formats.Layout:
+def _layout(opened: readers.Source, source: SourceConfig, rows: int) -> formats.Layout:
     """Decided by the first rows that can be read; unreadable ones are told of later, by the rule for them."""
     first, error = [], None
     rows = min(rows, _DETECTION_ROWS)
@@ -299,7 +299,7 @@ def _format(source: SourceConfig) -> str:
     return "fields" if source.templates is not None and source.format == "auto" else source.format
 
 
-def _fields(source: sources.Source, layout: formats.Layout, row: int) -> Any:
+def _fields(source: readers.Source, layout: formats.Layout, row: int) -> Any:
     try:
         return layout.fields(source.row(row))
     except RowError:

@@ -22,7 +22,7 @@ from absl import flags
 from jaxtune.batch import ExampleId, HostBatch
 from jaxtune.data import funnel
 from jaxtune.data.examples import RowReader
-from jaxtune.data.files import sources
+from jaxtune.data.files import readers
 from jaxtune.data.layouts import formats
 from jaxtune.data.mixing import mixture
 from jaxtune.data.mixing.plan import MixturePlan
@@ -281,7 +281,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**states[0], "lanes": lanes}
 
 
-def quarantine(bad: Sequence[tuple[sources.Source, int, str]], output_dir: str | None, name: str, *, mode: str) -> None:
+def quarantine(bad: Sequence[tuple[readers.Source, int, str]], output_dir: str | None, name: str, *, mode: str) -> None:
     """Writes bad rows with where and why they were set aside to OUTPUT/`name`."""
     if output_dir is None:
         return

@@ -1,7 +1,9 @@
-"""No worker outlives a killed trainer."""
+"""Workers start quickly, and none outlives a killed trainer."""
 
+import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,7 +12,9 @@ import time
 
 import psutil
 import pytest
-from conftest import pairs
+from conftest import make_config, pairs
+
+from jaxtune.data import loader
 
 TRAINER = textwrap.dedent(
     """
@@ -61,3 +65,19 @@ def test_no_worker_outlives_a_killed_trainer(tmp_path, write_rows, byte_tokenize
     for child in alive:
         child.kill()
     assert not alive, f"{len(alive)} of {len(family)} processes went on without their trainer"
+
+
+def test_a_worker_makes_windows_without_the_libraries_that_take_long_to_import(tmp_path, write_rows, byte_tokenizer):
+    paths = [write_rows(f"{name}.jsonl", pairs(50)) for name in "ab"]
+    config = make_config(str(tmp_path / "*.jsonl"), template="plain", train={"steps": 10})
+    stream = loader.open_stream(config, tokenizer=byte_tokenizer, max_length=64)
+    assert len(stream.maker.readers[0].source) == 50 * len(paths)
+    (tmp_path / "maker").write_bytes(pickle.dumps(stream.maker))
+    script = (
+        "import json, pickle, sys; window = pickle.load(open(sys.argv[1], 'rb')).make(0); "
+        "print(json.dumps([window.joined.tokens.tolist(), sorted(sys.modules)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "maker")], capture_output=True, check=True)
+    tokens, imported = json.loads(done.stdout)
+    assert tokens == stream.maker.make(0).joined.tokens.tolist()
+    assert not {"jax", "transformers", "datasets", "pandas", "torch"} & set(imported)

@@ -59,6 +59,17 @@ class _Layout(NamedTuple):
     everything: bool
 
 
+class _Carried(NamedTuple):
+    """What worker processes need of a tokenizer: they need not import transformers, which takes as long as to read
+    thousands of rows.
+    """
+
+    backend_tokenizer: Any
+    special_tokens_map: Mapping[str, str]
+    eos_token: str | None
+    eos_token_id: int | None
+
+
 class Answer(NamedTuple):
     """One answer by itself: the text that the model is asked with, and what it says up to its end of turn.
 
@@ -112,11 +123,10 @@ class ChatTemplate:
         self._names = dict(self.tokenizer.special_tokens_map)  # bos_token, eos_token, ...: what templates may name
         self.knows_tools = "tools" in names and "tool_calls" in self.text
         self._encoder = Encoder(self.tokenizer.backend_tokenizer)
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self._special = sorted(special | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_jinja", "_finder", "_encoder")}
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("_jinja", "_finder", "_encoder")}
+        return {**kept, "tokenizer": _Carried(*(getattr(self.tokenizer, name) for name in _Carried._fields))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -164,7 +174,7 @@ class ChatTemplate:
             messages, tools = (with_ids(given), tools) if self.knows_tools else (as_text(given, tools), ())
         plain = [m.as_dict() if isinstance(m, Message) else m for m in messages]
         text = self.text_of(plain, add_generation_prompt=True, tools=tools)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._encoder.encode([text]).ids.tolist()
 
     def render(self, conversation: Conversation, *, train_on: str = "assistant") -> Rendered:
         """Tokens and weights of one conversation; raises RowError where an answer is not in the text verbatim."""
@@ -261,7 +271,9 @@ class ChatTemplate:
     def _find_end_of_turn(self) -> str:
         """The first special token after an answer that ends a conversation."""
         tail = after_marks(self.text_of([probe("user", 0), probe("assistant", 1)]))
-        found = [(tail.find(token), token) for token in self._special if token and token in tail]
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(self.tokenizer.all_special_tokens)
+        found = [(tail.find(token), token) for token in special if token and token in tail]
         if not found:
             raise ValueError(
                 f"template {self.name}: an answer ends with {tail!r}, which holds no special token of this tokenizer, "

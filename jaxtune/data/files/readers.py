@@ -1,7 +1,8 @@
-"""Rows by index out of one file of each kind.
+"""Rows by index: what a source is, and one for each kind of file.
 
 Readers hold paths and a few numbers, and read through the pool of open files (`spool.py`), so that thousands of them
-take no memory and no file descriptors; they travel to worker processes as they are.
+take no memory and no file descriptors; they travel to worker processes as they are. Workers import this and not
+`sources`, whose libraries take longer to import than thousands of rows to read.
 """
 
 import bisect
@@ -10,17 +11,62 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from jaxtune.data.files.line_index import ArrayFile, LineIndex
-from jaxtune.data.files.spool import OPENED, stamp_of
+from jaxtune.data.files.spool import OPENED, digest_of, stamp_of
 from jaxtune.data.records import RowError
 
 _FIRST_LINES = 20  # of a file without a header, most of which say how many columns it has
 COT_COLUMNS = ("question", "answer", "chain_of_thought")
+
+
+class Source(Protocol):
+    """Random access to rows; `fingerprint` changes when any row does."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Row i as a dict; raises RowError when it cannot be read."""
+
+    def where(self, i: int) -> str:
+        """Where a person finds row i: `file:line`."""
+
+    def raw(self, i: int) -> str:
+        """Row i as it stands in its file, readable or not."""
+
+
+class Concatenated:
+    """Several sources one after another."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in parts]).tolist()
+        self.fingerprint = digest_of(*(part.fingerprint for part in parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def _locate(self, i: int) -> tuple[Source, int]:
+        part = bisect.bisect_right(self.ends, i)
+        return self.parts[part], i - (self.ends[part - 1] if part else 0)
+
+    def row(self, i: int) -> dict[str, Any]:
+        part, j = self._locate(i)
+        return part.row(j)
+
+    def where(self, i: int) -> str:
+        part, j = self._locate(i)
+        return part.where(j)
+
+    def raw(self, i: int) -> str:
+        part, j = self._locate(i)
+        return part.raw(j)
 
 
 class JsonLines:

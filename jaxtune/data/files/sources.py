@@ -1,20 +1,18 @@
-"""Rows by index, wherever they are stored.
+"""Opens sources: rows by index, wherever they are stored.
 
-A source answers `len`, `row(i)` and `where(i)`; nothing above it knows a file format. JSON and tab-separated lines are
+Nothing above a `Source` knows a file format. JSON and tab-separated lines are
 indexed once by a newline search; compressed, remote, array, CSV, Arrow and Parquet files are first spooled into the
 cache in a form with random access.
 """
 
-import bisect
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 from huggingface_hub import errors as hub_errors
 
@@ -22,26 +20,10 @@ from jaxtune import hub
 from jaxtune.config import SourceConfig
 from jaxtune.data.files import readers, spooling
 from jaxtune.data.files.line_index import BOM
+from jaxtune.data.files.readers import Concatenated, Source
 from jaxtune.data.files.spool import digest_of, forget, remote_stamp, spooled, stamp_of
 
 MissingSource = hub.MissingSource
-
-
-class Source(Protocol):
-    """Random access to rows; `fingerprint` changes when any row does."""
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def row(self, i: int) -> dict[str, Any]:
-        """Row i as a dict; raises RowError when it cannot be read."""
-
-    def where(self, i: int) -> str:
-        """Where a person finds row i: `file:line`."""
-
-    def raw(self, i: int) -> str:
-        """Row i as it stands in its file, readable or not."""
 
 
 def open_source(config: SourceConfig, *, cache_dir: str | None = None) -> Source:
@@ -63,34 +45,6 @@ def open_source(config: SourceConfig, *, cache_dir: str | None = None) -> Source
             raise ValueError(f"{config.path}: found {key}, but plain files have none; it is for datasets of the hub")
     parts = [_open_file(file, cache) for file in hub.resolve_files(config.path)]
     return parts[0] if len(parts) == 1 else Concatenated(parts)
-
-
-class Concatenated:
-    """Several sources one after another."""
-
-    def __init__(self, parts: Sequence[Source]) -> None:
-        self.parts = list(parts)
-        self.ends = np.cumsum([len(part) for part in parts]).tolist()
-        self.fingerprint = digest_of(*(part.fingerprint for part in parts))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def _locate(self, i: int) -> tuple[Source, int]:
-        part = bisect.bisect_right(self.ends, i)
-        return self.parts[part], i - (self.ends[part - 1] if part else 0)
-
-    def row(self, i: int) -> dict[str, Any]:
-        part, j = self._locate(i)
-        return part.row(j)
-
-    def where(self, i: int) -> str:
-        part, j = self._locate(i)
-        return part.where(j)
-
-    def raw(self, i: int) -> str:
-        part, j = self._locate(i)
-        return part.raw(j)
 
 
 class HubDataset:
