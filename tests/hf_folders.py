@@ -10,63 +10,26 @@ from typing import Any
 
 import torch
 import transformers
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-# kind -> (model_type, keys that differ from SIZES)
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama2": ("llama", {"num_key_value_heads": 4}),
-    "llama31": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama32": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 16}),
-    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
-    "mistral": ("mistral", {"sliding_window": 5, "head_dim": 16}),
-    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
-    "qwen25": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "tie_word_embeddings": True},
-    ),
-}
-MODELS = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-}
+from hf_kinds import KINDS, SIZES
 
 
 def tiny_model(kind: str, **changes: Any) -> transformers.PreTrainedModel:
     """Returns transformers' model of a kind in float32, every tensor drawn with std 0.2 (norms around 1)."""
     model_type, own = KINDS[kind]
-    config_class, model_class = MODELS[model_type]
-    config = config_class(**{**SIZES, **own, **changes})
-    config._attn_implementation = "eager"
-    model = model_class(config).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            noise = torch.randn(tensor.shape, generator=generator) * 0.2
-            tensor.copy_(1 + noise if "norm" in name else noise)
+    config = transformers.CONFIG_MAPPING[model_type](**{**SIZES, **own, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    redraw(model)
     return model
+
+
+def redraw(model: torch.nn.Module) -> None:
+    """Draws every tensor anew with std 0.2, norms around 1."""
+    generator = torch.Generator().manual_seed(7)
+    statistics = [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *statistics]:
+            noise = torch.randn(tensor.shape, generator=generator) * 0.2
+            tensor.copy_(1 + noise if "norm" in name or ".ln_" in name else noise)
 
 
 def tiny_folder(

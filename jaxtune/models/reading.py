@@ -32,6 +32,14 @@ def required(config: HFConfig, key: str) -> Any:
     return config[key]
 
 
+def first_of(config: HFConfig, *keys: str) -> Any:
+    """Returns the value of the first of these keys that config.json has: readers of different age call it otherwise."""
+    for key in keys:
+        if config.get(key) is not None:
+            return config[key]
+    return required(config, keys[0])
+
+
 def head_dim_of(config: HFConfig) -> int:
     """Returns the head size, stated or width over heads."""
     if config.get("head_dim") is not None:
@@ -173,6 +181,19 @@ def rope_of(
         interleaved=interleaved,
         **_SCALINGS[kind](_Scaling(kind, scaling, config, rotary_dim)),
     )
+
+
+def rope_by_type(config: HFConfig, kind: str, otherwise: Rope) -> Rope:
+    """Returns the rope of layers of a type (`full_attention`, `sliding_attention`), where config.json has one for each.
+
+    Args:
+        otherwise: what the family's older files mean.
+    """
+    nested = config.get("rope_parameters") or {}
+    if not isinstance(nested.get(kind), Mapping):
+        return otherwise
+    own = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    return rope_of({**own, "rope_parameters": nested[kind]}, default_theta=otherwise.theta)
 
 
 def _rotary_dim(size: int, factor: float | None, config: HFConfig, allowed: bool) -> int:
