@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.matrix
 FOLDERS = pathlib.Path(os.environ.get("JAXTUNE_MATRIX_FOLDERS", "build/matrix"))
 VARIANTS = ("llama2", "llama31", "llama32", "llama_biases", "llama_linear", "mistral", "qwen2", "qwen25")
+PAIR_VARIANTS = ("t5_1_0", "t5_1_1", "ul2", "mt5", "umt5")
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,33 @@ def largest_difference(model, folder, libraries):
     """Returns the largest difference between the model's logits and ours."""
     torch, _, numpy = libraries
     with numpy.load(folder / "expected.npz") as expected, torch.no_grad():
-        found = model.eval()(torch.tensor(expected["tokens"])).logits.numpy()
+        if "encoder" in expected:
+            encoder, decoder = (torch.tensor(expected[side]) for side in ("encoder", "decoder"))
+            found = model.eval()(input_ids=encoder, decoder_input_ids=decoder).logits.numpy()
+        else:
+            found = model.eval()(torch.tensor(expected["tokens"])).logits.numpy()
         return float(numpy.abs(found - expected["logits"]).max())
 
 
 def test_every_variant_that_was_written_is_tested():
     assert sorted(path.name for path in (FOLDERS / "models").iterdir()) == sorted(VARIANTS)
+    assert sorted(path.name for path in (FOLDERS / "pairs").iterdir()) == sorted(PAIR_VARIANTS)
+
+
+@pytest.mark.parametrize("kind", PAIR_VARIANTS)
+def test_encoder_decoder_folders_have_our_logits(kind, libraries):
+    """Heads of their own stay so, and only T5 1.0 scales what it gives its head."""
+    import peft
+
+    _, transformers, _ = libraries
+    folder = FOLDERS / "pairs" / kind
+    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "hf", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert largest_difference(model, folder, libraries) < 1e-4
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "base")
+    assert largest_difference(base, folder, libraries) > 1e-3
+    adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")
+    assert largest_difference(adapted, folder, libraries) < 1e-4
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

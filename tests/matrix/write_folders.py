@@ -16,6 +16,7 @@ import hf_folders
 import jax
 import models_helpers
 import numpy as np
+import t5_folders
 from flax import nnx
 
 from jaxtune import adapters, hub
@@ -50,6 +51,22 @@ def write_variant(kind: str, folder: pathlib.Path) -> None:
     np.savez(folder / "expected.npz", tokens=tokens, logits=logits)
 
 
+def write_pair_variant(kind: str, folder: pathlib.Path) -> None:
+    """As `write_variant`, of an encoder-decoder, whose untied heads transformers 5 ties in config.json."""
+    base = t5_folders.tiny_folder(kind, folder / "base", max_shard_size="20KB")
+    model, _ = t5_folders.load(base)
+    adapters.attach(model, rank=4, alpha=10.0, dropout=0.0, targets="all-linear", key=jax.random.key(0))
+    for path, variable in nnx.to_flat_state(nnx.state(model, LoRAParam)):
+        if path[-1] == "lora_b":
+            variable.set_value(0.1 * jax.random.normal(jax.random.key(len(str(path))), variable.shape))
+    opened = open_folder(base)
+    hf.export_folder(opened, nnx.state(model), str(folder / "hf"))
+    peft.export_adapter(opened, nnx.state(model), str(folder / "adapter"), base_name="org/base", revision=None)
+    encoder, decoder = (np.random.default_rng(n).integers(3, 97, (2, 40)) for n in (1, 2))
+    logits = t5_folders.logits(model, *t5_folders.whole(encoder), *t5_folders.whole(decoder))
+    np.savez(folder / "expected.npz", encoder=encoder, decoder=decoder, logits=logits)
+
+
 def write_tokenizer(folder: pathlib.Path) -> None:
     """Copies the quickstart's tokenizer as an export does, with the ids that training would see."""
     base = open_folder(hub.resolve_folder("builtin:quickstart"), needs_weights=False)
@@ -67,8 +84,10 @@ def main(target: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for kind in hf_folders.KINDS:
         write_variant(kind, folder / "models" / kind)
+    for kind in t5_folders.KINDS:
+        write_pair_variant(kind, folder / "pairs" / kind)
     write_tokenizer(folder / "tokenizer")
-    print(f"wrote {len(hf_folders.KINDS)} variants to {folder}")
+    print(f"wrote {len(hf_folders.KINDS) + len(t5_folders.KINDS)} variants to {folder}")
 
 
 if __name__ == "__main__":
