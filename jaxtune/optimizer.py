@@ -10,7 +10,10 @@ import jax
 import optax
 from flax import nnx
 
+from jaxtune.adafactor import adafactor
 from jaxtune.config import Config
+
+OURS = {"adafactor": adafactor}  # in place of optax's own
 
 
 def make_schedule(config: Config, steps: int) -> optax.Schedule:
@@ -70,7 +73,7 @@ def make_optimizer(config: Config, steps: int, trainable: nnx.State) -> optax.Gr
         raise ValueError(
             f"optimizer.name: found {settings.name!r}; expected an optimizer of optax: {', '.join(names)}{hint}"
         )
-    make: Any = getattr(optax, settings.name)
+    make: Any = OURS.get(settings.name) or getattr(optax, settings.name)
     parameters = inspect.signature(make).parameters
     own = [name for name in ("learning_rate", "weight_decay") if name in settings.options]
     if own:

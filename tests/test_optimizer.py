@@ -216,3 +216,27 @@ def test_options_reach_the_optimizer():
         updates, _ = optimizer.update(gradient, state, trained)
         rate = float(make_schedule(configured(warmup_steps=0), 10)(1))
         np.testing.assert_allclose(values(updates)["bias"], expected * rate, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"min_dim_size_to_factor": 8}], ids=str)
+def test_adafactor_moves_stacked_layers_as_optax_moves_each_by_itself(options):
+    """One layer's weights and gradients are a thousand times the other's: no scale of the whole stack would do."""
+    sizes = jnp.array([1e-3, 1.0])[:, None, None]
+    drawn = jax.random.normal(jax.random.key(0), (4, 2, 16, 24)) * sizes
+    stack = nnx.State({"kernel": nnx.Param(drawn[0], axes=("layers", "embed", "mlp"))})
+    layers = [drawn[0, layer] for layer in range(2)]
+    ours = make_optimizer(
+        configured(name="adafactor", schedule="constant", warmup_ratio=0.0, options=options, max_grad_norm=None),
+        9,
+        stack,
+    )
+    theirs = optax.adafactor(1.0, **options)
+    state, states = ours.init(stack), [theirs.init(layer) for layer in layers]
+    for gradient in drawn[1:]:
+        given = jax.tree.map(lambda _, g=gradient: g, stack)
+        update, state = ours.update(given, state, stack)
+        stack = optax.apply_updates(stack, update)
+        for layer in range(2):
+            change, states[layer] = theirs.update(gradient[layer], states[layer], layers[layer])
+            layers[layer] = optax.apply_updates(layers[layer], change)
+    np.testing.assert_allclose(stack["kernel"].get_value(), jnp.stack(layers), rtol=1e-5)
