@@ -37,8 +37,8 @@ def attach(
     Args:
         rank, alpha: size r, and strength over r.
         dropout: rate on the adapter's input while training.
-        targets: all-linear (every linear layer but the head and those of experts), or names and globs such as q_proj,
-            mlp.* or experts.*.
+        targets: all-linear (every linear layer but the head; in a model with experts those of attention), or names
+            and globs such as q_proj, mlp.* or experts.*.
         key: typed jax key of the A matrices.
 
     Raises:
@@ -67,13 +67,15 @@ def linear_layers(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Linear |
 def _choose(model: nnx.Module, targets: str | Sequence[str]) -> tuple[str, ...]:
     """Returns the names that the targets ask for, in the model's order."""
     names: dict[str, set[str]] = {}  # name -> what a glob may match: the name, and the name with its block
-    of_experts: set[str] = set()
+    of_mlp: set[str] = set()
     for path, linear in linear_layers(model):
         names.setdefault(linear.name, set()).update({linear.name, f"{path[-2]}.{linear.name}"})
-        if isinstance(linear, ExpertLinear):
-            of_experts.add(linear.name)
+        if "mlp" in path:
+            of_mlp.add(linear.name)
     if targets == ALL_LINEAR:
-        return tuple(name for name in names if name not in of_experts)
+        # PEFT takes an adapter on gate_proj in a model with experts for one on all the experts, dense layers or not.
+        is_sparse = any(isinstance(node, ExpertLinear) for _, node in nnx.iter_graph(model))
+        return tuple(name for name in names if not (is_sparse and name in of_mlp))
     asked = [targets] if isinstance(targets, str) else list(targets)
     chosen: set[str] = set()
     for target in asked:

@@ -325,25 +325,11 @@ def complete_config(base: HFFolder, family: Family, dtype: str) -> dict[str, Any
     """
     config = dict(base.config)
     config.setdefault("architectures", [family.architecture])
-    if family.completes_rope:
-        _complete_rope(config)
+    family.complete(config)
     known = config.get("dtype") or config.get("torch_dtype") or dtype
     config.setdefault("dtype", known)
     config.setdefault("torch_dtype", known)
     return config
-
-
-def _complete_rope(config: dict[str, Any]) -> None:
-    """Says rope in the words of transformers 4 and of 5, whichever of them are there."""
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    if new is None:
-        scaling = {key: value for key, value in (old or {}).items() if key != "type"}
-        scaling.setdefault("rope_type", (old or {}).get("type", "default"))
-        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
-    config.setdefault("rope_theta", config["rope_parameters"].get("rope_theta", 10000.0))
-    if "rope_scaling" not in config:
-        scaling = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
-        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
 
 
 def _dtype_name(headers: dict[str, bytes]) -> str:

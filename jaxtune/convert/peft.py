@@ -94,7 +94,11 @@ def export_adapter(
             file.write(card.encode())
         names = sorted({key.split(".")[-3] for key in places})
         task_type = family_of(base.config, where=base.path).task_type
-        hf.write_json(fs, f"{root}/{CONFIG}", _adapter_config(variables, names, base_name, revision, task_type))
+        config = _adapter_config(variables, names, base_name, revision) | {
+            "task_type": task_type,
+            "fan_in_fan_out": any(not place.transpose for _, place in places.values()),  # GPT-2's matrices are [in out]
+        }
+        hf.write_json(fs, f"{root}/{CONFIG}", config)
         if open_adapter(out_dir).folder.headers[WEIGHTS] != raw:
             raise ValueError(f"{out_dir}: {WEIGHTS} read back differs from what was written; check the disk")
 
@@ -112,7 +116,7 @@ def _adapter_places(base: HFFolder, variables: dict[Path, Any]) -> dict[str, tup
 
 
 def _adapter_config(
-    variables: dict[Path, Any], names: list[str], base_name: str, revision: str | None, task_type: str
+    variables: dict[Path, Any], names: list[str], base_name: str, revision: str | None
 ) -> dict[str, Any]:
     """Returns adapter_config.json: the keys that every PEFT since 0.5 reads and no more (unknown ones warn)."""
     lora_a = next(variable for path, variable in variables.items() if path[-1] == "lora_a")
@@ -121,7 +125,6 @@ def _adapter_config(
     alpha = options["scale"] * rank
     return {
         "peft_type": "LORA",
-        "task_type": task_type,
         "base_model_name_or_path": base_name,
         "revision": revision,
         "r": rank,
@@ -129,7 +132,6 @@ def _adapter_config(
         "lora_dropout": options["dropout"],
         "target_modules": names,
         "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": False,
@@ -163,8 +165,14 @@ class Adapter:
         rank, alpha = int(config["r"]), float(config.get("lora_alpha", 8))
         if config.get("use_rslora"):
             alpha *= math.sqrt(rank)
-        targets = tuple(sorted({name.split(".")[-3] for name in self.folder.tensors}))
+        targets = tuple(sorted({_target(name) for name in self.folder.tensors}))
         return {"rank": rank, "alpha": alpha, "dropout": float(config.get("lora_dropout", 0.0)), "targets": targets}
+
+
+def _target(key: str) -> str:
+    """Returns what `tuning.targets` calls the layer that an adapter's tensor belongs to."""
+    parts = key.split(".")
+    return ("experts." if "experts" in parts else "") + parts[-3]
 
 
 def open_adapter(path: str) -> Adapter:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtune.models.decoder import Decoder
 from jaxtune.models.decoder_config import DecoderConfig
-from jaxtune.models.reading import HFConfig
+from jaxtune.models.reading import HFConfig, complete_rope
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Family:
         ignored: name patterns (fnmatch) of tensors that are no weights of the text model: buffers in old checkpoints,
             an image tower. They are copied on export.
         prefixes: (beginning of a name in the table, how it begins in other checkpoints of this family).
-        completes_rope: whether config.json is written with rope in the styles of transformers 4 and 5 both; False
-            where a family says rope in its own words, and config.json stays as it is.
+        complete: adds to a config.json what readers of other versions look for, in place.
         build: makes the module of a config: `build(config, key=..., param_dtype=...)`.
         task_type: what PEFT calls what the model does.
     """
@@ -55,7 +54,7 @@ class Family:
     weights: Callable[[Any], tuple[Weight, ...]]
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     prefixes: tuple[tuple[str, str], ...] = ()
-    completes_rope: bool = True
+    complete: Callable[[dict[str, Any]], None] = complete_rope
     build: Callable[..., Any] = Decoder
     task_type: str = "CAUSAL_LM"
 

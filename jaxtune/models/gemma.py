@@ -12,6 +12,8 @@ from jaxtune.models.family import LLAMA_NORMS, Family, Weight, llama_line_weight
 from jaxtune.models.reading import (
     HFConfig,
     activation_of,
+    complete_rope_by_type,
+    leave_as_it_is,
     llama_line,
     refuse,
     required,
@@ -114,7 +116,7 @@ def multimodal_weights(config: DecoderConfig) -> tuple[Weight, ...]:
 
 GEMMA = Family("gemma", "GemmaForCausalLM", read_gemma, weights)
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", read_gemma2, weights)
-GEMMA3_TEXT = Family("gemma3_text", "Gemma3ForCausalLM", read_gemma3, weights, completes_rope=False)
+GEMMA3_TEXT = Family("gemma3_text", "Gemma3ForCausalLM", read_gemma3, weights, complete=complete_rope_by_type)
 GEMMA3 = Family(
     "gemma3",
     "Gemma3ForConditionalGeneration",
@@ -122,5 +124,5 @@ GEMMA3 = Family(
     multimodal_weights,
     ignored=("*vision_tower.*", "*multi_modal_projector.*"),
     prefixes=(("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),
-    completes_rope=False,
+    complete=leave_as_it_is,
 )

@@ -2,7 +2,7 @@
 
 from jaxtune.models.decoder_config import DecoderConfig, LayerGroup, LayerKind
 from jaxtune.models.family import Family, Weight, head_weight
-from jaxtune.models.reading import HFConfig, activation_of, first_of, refuse, required
+from jaxtune.models.reading import HFConfig, activation_of, first_of, leave_as_it_is, refuse, required
 
 # What the class can be told to do and no released model does: key -> the value that all of them have.
 RELEASED = {
@@ -81,5 +81,5 @@ GPT2 = Family(
     weights,
     ignored=("*.attn.bias", "*.attn.masked_bias"),
     prefixes=(("transformer.", ""),),  # the first release's files
-    completes_rope=False,
+    complete=leave_as_it_is,
 )

@@ -1,5 +1,7 @@
 """GPT-NeoX and Pythia: both halves of a layer side by side, a quarter of each head turned, layer norms with biases."""
 
+from typing import Any
+
 from jaxtune.models.decoder_config import DecoderConfig, LayerGroup, LayerKind
 from jaxtune.models.family import Family, Weight, linear_weights
 from jaxtune.models.reading import HFConfig, llama_line, required, rope_of
@@ -40,6 +42,14 @@ def read_config(config: HFConfig) -> DecoderConfig:
     )
 
 
+def complete(config: dict[str, Any]) -> None:
+    """Says rope in this family's older words too, where config.json has those of transformers 5 alone."""
+    new = config.get("rope_parameters") or {}
+    if new and "rotary_pct" not in config:
+        config["rotary_pct"] = new.get("partial_rotary_factor", 0.25)
+        config["rotary_emb_base"] = new.get("rope_theta", 10000.0)
+
+
 def weights(config: DecoderConfig) -> tuple[Weight, ...]:
     """Returns GPT-NeoX's names."""
     inner = "gpt_neox.layers.{layer}."
@@ -63,5 +73,5 @@ GPT_NEOX = Family(
     read_config,
     weights,
     ignored=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
-    completes_rope=False,
+    complete=complete,
 )

@@ -4,7 +4,16 @@ from typing import Any
 
 from jaxtune.models.decoder_config import DecoderConfig, LayerGroup, LayerKind, group_layers
 from jaxtune.models.family import Family, Weight, llama_line_weights
-from jaxtune.models.reading import HFConfig, llama_line, required, rope_by_type, rope_of, window_of, windows_of
+from jaxtune.models.reading import (
+    HFConfig,
+    complete_rope_by_type,
+    llama_line,
+    required,
+    rope_by_type,
+    rope_of,
+    window_of,
+    windows_of,
+)
 from jaxtune.models.rope import Rope
 
 NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
@@ -47,4 +56,4 @@ def weights(config: DecoderConfig) -> tuple[Weight, ...]:
 
 
 OLMO2 = Family("olmo2", "Olmo2ForCausalLM", read_olmo2, weights)
-OLMO3 = Family("olmo3", "Olmo3ForCausalLM", read_olmo3, weights, completes_rope=False)
+OLMO3 = Family("olmo3", "Olmo3ForCausalLM", read_olmo3, weights, complete=complete_rope_by_type)

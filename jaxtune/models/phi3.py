@@ -1,5 +1,7 @@
 """Phi-3, Phi-3.5 and Phi-4: Llama's shape with fused matrices; longrope and a partial rope in some sizes."""
 
+from typing import Any
+
 from jaxtune.models.decoder_config import DecoderConfig, LayerGroup, LayerKind
 from jaxtune.models.family import Family, llama_line_weights
 from jaxtune.models.reading import HFConfig, llama_line, required, rope_of, window_of
@@ -23,4 +25,15 @@ def read_config(config: HFConfig) -> DecoderConfig:
     )
 
 
-PHI3 = Family("phi3", "Phi3ForCausalLM", read_config, llama_line_weights, completes_rope=False)
+def complete(config: dict[str, Any]) -> None:
+    """Says rope in the words of transformers 4 where config.json has those of 5 alone: there three keys, no more."""
+    new = config.get("rope_parameters") or {}
+    if not new or "rope_theta" in config:
+        return
+    config["rope_theta"] = new.get("rope_theta", 10000.0)
+    config.setdefault("partial_rotary_factor", new.get("partial_rotary_factor", 1.0))
+    three = {"type": "longrope", "short_factor": new.get("short_factor"), "long_factor": new.get("long_factor")}
+    config.setdefault("rope_scaling", three if new.get("rope_type") == "longrope" else None)
+
+
+PHI3 = Family("phi3", "Phi3ForCausalLM", read_config, llama_line_weights, complete=complete)

@@ -288,3 +288,36 @@ _SCALINGS: dict[str, Callable[[_Scaling], dict[str, Any]]] = {
 def yarn_growth(factor: float, mscale: float = 1.0) -> float:
     """Returns how much attention is sharpened for a context `factor` times as long (YaRN, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def complete_rope(config: dict[str, Any]) -> None:
+    """Says rope in the words of transformers 4 and of 5, whichever of them config.json lacks; changes nothing there is.
+
+    4 reads a file with the words of 5 alone as rope base 10000 without scaling, and warns of nothing.
+    """
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    if new is None:
+        scaling = {key: value for key, value in (old or {}).items() if key != "type"}
+        scaling.setdefault("rope_type", (old or {}).get("type", "default"))
+        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
+    config.setdefault("rope_theta", config["rope_parameters"].get("rope_theta", 10000.0))
+    if "rope_scaling" not in config:
+        scaling = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+
+
+def complete_rope_by_type(config: dict[str, Any]) -> None:
+    """Says rope of layer types in the words of transformers 4 where config.json has those of 5 alone."""
+    nested = config.get("rope_parameters") or {}
+    everywhere, local = nested.get("full_attention"), nested.get("sliding_attention")
+    if everywhere is None or "rope_theta" in config:
+        return
+    scaling = {key: value for key, value in everywhere.items() if key != "rope_theta"}
+    config["rope_theta"] = everywhere.get("rope_theta")
+    config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if local and local.get("rope_theta") is not None:
+        config["rope_local_base_freq"] = local["rope_theta"]
+
+
+def leave_as_it_is(config: dict[str, Any]) -> None:
+    """Completes nothing: all versions of transformers read this family's words."""

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from jaxtune.models.family import Family, Weight
-from jaxtune.models.reading import HF_ACTIVATIONS, HFConfig, refuse, required
+from jaxtune.models.reading import HF_ACTIVATIONS, HFConfig, leave_as_it_is, refuse, required
 from jaxtune.models.t5 import T5
 from jaxtune.models.t5_config import T5Config
 
@@ -146,7 +146,7 @@ def _family(model_type: str, architecture: str, **differs: Any) -> Family:
         partial(read_config, **differs),
         weights,
         ignored=UNREAD,
-        completes_rope=False,
+        complete=leave_as_it_is,
         build=T5,
         task_type="SEQ_2_SEQ_LM",
     )

@@ -34,18 +34,24 @@ def torch_logits(model):
         return model.eval()(torch.tensor(TOKENS)).logits.numpy()
 
 
-def adapted(path, targets="all-linear"):
+def adapted(path, targets="all-linear", dropout=0.05):
     """Returns a decoder with an adapter whose B is not zero."""
     decoder, _ = models_helpers.load(path)
-    adapters.attach(decoder, rank=4, alpha=10.0, dropout=0.05, targets=targets, key=jax.random.key(0))
+    adapters.attach(decoder, rank=4, alpha=10.0, dropout=dropout, targets=targets, key=jax.random.key(0))
     for path_, variable in nnx.to_flat_state(nnx.state(decoder, LoRAParam)):
         if path_[-1] == "lora_b":
-            variable.set_value(0.3 * jax.random.normal(jax.random.key(len(str(path_))), variable.shape))
+            variable.set_value(0.1 * jax.random.normal(jax.random.key(len(str(path_))), variable.shape))
     return decoder
 
 
-@pytest.mark.parametrize("kind", ["llama31", "mistral", "qwen25"])
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj")])
+LLAMAS = ["llama31", "mistral", "qwen25"]
+OTHERS = ["gemma2", "gemma3", "phi3", "olmo3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [(kind, "all-linear") for kind in LLAMAS + OTHERS] + [(kind, ("q_proj", "down_proj")) for kind in LLAMAS],
+)
 def test_written_adapter_loads_in_peft_with_our_logits(kind, targets, tmp_path):
     base = hf_folders.tiny_folder(kind, tmp_path / "base")
     decoder = adapted(base, targets)
@@ -64,9 +70,32 @@ def test_written_adapter_loads_in_peft_with_our_logits(kind, targets, tmp_path):
         keys = set(file.keys())
         assert file.metadata() == {"format": "pt"}
     theirs = set(peft.get_peft_model_state_dict(model))
-    assert keys == theirs and len(keys) == 2 * 3 * (7 if targets == "all-linear" else 2)
+    stacked = [v.shape[0] for _, v in nnx.to_flat_state(nnx.state(decoder, LoRAParam))]
+    assert keys == theirs and len(keys) == sum(stacked)
     merged = model.merge_and_unload()
     np.testing.assert_allclose(torch_logits(merged), our_logits(decoder), atol=1e-4, rtol=0)
+
+
+def test_adapter_on_experts_loads_in_peft_with_our_logits(tmp_path):
+    """One adapter for each expert and matrix, by the names of the checkpoint, which PEFT puts together itself."""
+    base = hf_folders.tiny_folder("mixtral", tmp_path / "base")
+    decoder = adapted(base, ("q_proj", "experts.*"), dropout=0.0)
+    adapter_folders.export_adapter(
+        open_folder(base), nnx.state(decoder), str(tmp_path / "adapter"), base_name="org/base", revision=None
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    before = torch_logits(model)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    np.testing.assert_allclose(torch_logits(model), our_logits(decoder), atol=2e-4, rtol=0)
+    assert np.abs(torch_logits(model) - before).max() > 0.1
+    hf.export_folder(open_folder(base), nnx.state(decoder), str(tmp_path / "merged"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(torch_logits(merged), our_logits(decoder), atol=2e-4, rtol=0)
+    again, _ = models_helpers.load(base)
+    adapter = adapter_folders.open_adapter(str(tmp_path / "adapter"))
+    adapters.attach(again, **adapter.attach_options(), key=jax.random.key(0))
+    nnx.update(again, adapter_folders.load_adapter(adapter, open_folder(base), nnx.state(again)))
+    np.testing.assert_allclose(our_logits(again), our_logits(decoder), atol=1e-6, rtol=0)
 
 
 def test_adapter_config_has_the_keys_of_the_contract_and_no_more(tmp_path, shared):
