@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from jaxtune import __version__, hub
+from jaxtune.assembly import model_config
 from jaxtune.config import Config
 from jaxtune.convert.folder import HFFolder
 from jaxtune.decode import to_yaml
@@ -53,8 +54,7 @@ def model_card(config: Config, base: HFFolder, stream: Any, outcome: Any) -> str
         *results,
         "",
         "## Who can load this",
-        "- `hf/`: transformers 4.57 and 5, vLLM, llama.cpp (convert_hf_to_gguf.py).",
-        *(["- `adapter/`: PEFT, vLLM, llama.cpp (convert_lora_to_gguf.py)."] if lora else []),
+        *_readers(base, lora=lora),
         "",
         "## Recipe",
         "```yaml",
@@ -63,3 +63,13 @@ def model_card(config: Config, base: HFFolder, stream: Any, outcome: Any) -> str
         "",
     ]
     return "\n".join(lines)
+
+
+def _readers(base: HFFolder, *, lora: bool) -> list[str]:
+    """Returns a line for each folder of a run, with what opens it."""
+    if model_config(base).is_encoder_decoder:
+        hf, adapter = "transformers 4.57 and 5 (AutoModelForSeq2SeqLM)", "PEFT"
+    else:
+        hf = "transformers 4.57 and 5, vLLM, llama.cpp (convert_hf_to_gguf.py)"
+        adapter = "PEFT, vLLM, llama.cpp (convert_lora_to_gguf.py)"
+    return [f"- `hf/`: {hf}.", *([f"- `adapter/`: {adapter}."] if lora else [])]

@@ -114,6 +114,13 @@ def _logits(graph: Any, state: Any, attention: Any, *arrays: jax.Array) -> jax.A
     return model.logits(model(*arrays, compute_dtype=jnp.float32, attention=attention).hidden)
 
 
+def jaxpr_of(config: T5Config) -> Any:
+    """Returns what is traced for one row of 8 tokens on either side."""
+    graph, state = nnx.split(abstract_model(config))
+    row = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.make_jaxpr(lambda state, *arrays: _logits(graph, state, plain, *arrays))(state, *[row] * 6)
+
+
 def torch_logits(model: Any, encoder: Any, decoder: Any, mask: Any = None) -> np.ndarray:
     """Returns transformers' logits of encoder tokens `[B S]` and decoder tokens `[B T]`, the start token among them."""
     given = {} if mask is None else {"attention_mask": torch.tensor(np.asarray(mask))}

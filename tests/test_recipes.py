@@ -98,6 +98,7 @@ LAYOUTS: dict[str, dict[str, tuple[dict, str]]] = {
     "dolly": {
         "databricks-dolly-15k": (DOLLY, "Instruction:\nWho?\n\n### Input:\nAnn came.\n\n### Response:«Ann.<|end|>»")
     },
+    "flan_t5": {"databricks-dolly-15k": (DOLLY, "Ann came.<|end|> -> «Ann.<|end|>»")},
     "oasst": {"oasst1": (TREE, "USER: Hi ASSISTANT: «Hello.<|end|>»")},
     "lima": {"lima": ({"conversations": ["Hi", "Hello."], "source": "stackexchange"}, LLAMA3)},
     "orca": {
@@ -194,7 +195,8 @@ def test_rows_as_published_are_read_as_the_recipe_says(tmp_path, tokenizer, name
         "hold_out": HoldOutConfig(),
     }
     config = config.model_copy(update={"data": config.data.model_copy(update=data)})
-    stream = loader.open_stream(config, tokenizer=tokenizer, max_length=config.data.max_length)
+    lengths = {"max_length": config.data.max_length, "encoder_length": config.data.encoder_length}
+    stream = loader.open_stream(config, tokenizer=tokenizer, **lengths)
     (reader,) = stream.maker.readers
     shown = re.sub(r"«(\s+)", r"\1«", example_text(reader))  # white space is part of the answer's first token
     assert seen in shown

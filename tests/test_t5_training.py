@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from jaxtune.sharding import batch_sharding, create_on_mesh, make_mesh, paramete
 from jaxtune.step import Compute, initial_state, make_train_step, state_shardings
 from jaxtune.train import train
 
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 SMALL = ("data.max_length=24", "data.encoder_length=40", "train.batch_rows=8", "train.steps=8", "log.every_steps=1")
 QUIET = ("log.tensorboard=false", "optimizer.schedule=constant", "optimizer.warmup_ratio=0", "data.window=16")
 FULL = ("tuning.method=full", "optimizer.name=adafactor", "optimizer.learning_rate=0.05", "model.dropout=0.05")
@@ -238,3 +240,16 @@ def test_what_suits_an_encoder_decoder_is_refused_for_a_decoder_alone(data, tmp_
     with pytest.raises(ValueError, match="is a decoder alone") as caught:
         train(tiny_runs.config(llama, data, tmp_path / "out", key))
     assert key.partition("=")[0] in str(caught.value)
+
+
+def test_the_recipe_of_flan_t5_runs_with_its_settings(base, data, tmp_path):
+    small = ("train.batch_rows=8", "train.microbatch_rows=8", "train.steps=2", "log.tensorboard=false")
+    lengths = ("data.encoder_length=64", "data.max_length=32", "data.train.0.format=auto", "data.train.0.examples=160")
+    paths = (f"model.path={base}", f"data.train.0.path={data}", f"output={tmp_path / 'out'}")
+    config = tiny_runs.decode([str(CONFIGS / "flan_t5.yaml"), *paths, *small, *lengths])
+    assert train(config).step == 2
+    told = {r["learning_rate"] for r in tiny_runs.records(tmp_path / "out") if "learning_rate" in r}
+    assert told and all(rate == pytest.approx(5e-4) for rate in told)
+    asked = tiny_runs.decode([str(CONFIGS / "flan_t5.yaml")])
+    assert (asked.data.encoder_length, asked.data.max_length, asked.train.batch_rows) == (2048, 512, 64)
+    assert (asked.optimizer.name, asked.optimizer.max_grad_norm, asked.model.dropout) == ("adafactor", None, 0.05)

@@ -120,11 +120,25 @@ def test_a_folder_that_transformers_5_wrote_is_read_as_it_reads_it(tmp_path):
 # ---- config.json ----
 
 T5 = {"model_type": "t5", **t5_folders.SIZES}
-FLAN_T5_XL = {  # google/flan-t5-xl
-    "model_type": "t5", "d_ff": 5120, "d_kv": 64, "d_model": 2048, "decoder_start_token_id": 0, "dropout_rate": 0.1,
-    "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-06, "num_decoder_layers": 24, "num_heads": 32,
-    "num_layers": 24, "relative_attention_num_buckets": 32, "tie_word_embeddings": False, "vocab_size": 32128,
-}  # fmt: skip
+
+
+def published(width, mlp, layers, heads, *, model_type="t5", vocab=32128, gated=True):
+    return {
+        "model_type": model_type, "vocab_size": vocab, "d_model": width, "d_ff": mlp, "d_kv": 64, "num_layers": layers,
+        "num_heads": heads, "feed_forward_proj": "gated-gelu" if gated else "relu", "tie_word_embeddings": not gated,
+    }  # fmt: skip
+
+
+PUBLISHED = {
+    "t5-small": (published(512, 2048, 6, 8, gated=False), 60_506_624),
+    "t5-base": (published(768, 3072, 12, 12, gated=False), 222_903_552),
+    "flan-t5-small": (published(512, 1024, 8, 6), 76_961_152),
+    "flan-t5-base": (published(768, 2048, 12, 12), 247_577_856),
+    "flan-t5-large": (published(1024, 2816, 24, 16), 783_150_080),
+    "flan-t5-xl": (published(2048, 5120, 24, 32), 2_849_757_184),
+    "flan-t5-xxl": (published(4096, 10240, 24, 64), 11_135_332_352),
+    "mt5-small": (published(512, 1024, 8, 6, model_type="mt5", vocab=250112), 300_176_768),
+}
 
 
 def read(config):
@@ -180,9 +194,16 @@ def test_what_cannot_be_expressed_is_refused_by_name(changes, told):
     assert told in str(caught.value)
 
 
-def test_flan_t5_xl_has_as_many_parameters_as_published():
-    model = t5_folders.abstract_model(read(FLAN_T5_XL))
-    assert adapters.count(nnx.state(model)) == 2_849_757_184  # the sum over the tensors of google/flan-t5-xl
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_parameter_counts_are_the_published_ones(name):
+    config, count = PUBLISHED[name]
+    assert adapters.count(nnx.state(t5_folders.abstract_model(read(config)))) == count
+
+
+def test_what_is_traced_does_not_grow_with_depth():
+    sizes = {layers: {"num_layers": layers, "num_decoder_layers": layers} for layers in (2, 24)}
+    shallow, deep = (str(t5_folders.jaxpr_of(read({**T5, **more}))).count("\n") for more in sizes.values())
+    assert shallow == deep
 
 
 # ---- PEFT ----
