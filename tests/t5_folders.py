@@ -128,7 +128,7 @@ def torch_logits(model: Any, encoder: Any, decoder: Any, mask: Any = None) -> np
         out = model(
             input_ids=torch.tensor(np.asarray(encoder)), decoder_input_ids=torch.tensor(np.asarray(decoder)), **given
         )
-    return out.logits.numpy()
+    return out.logits.float().numpy()
 
 
 def whole(tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ import transformers
 import yaml
 from flax import nnx
 
-from jaxtune import assembly, chat, generate
+from jaxtune import assembly, chat, conversions, generate
 from jaxtune.answering import Answerer
 from jaxtune.asking import Sampling
 from jaxtune.batch import PairBatch
@@ -93,7 +93,7 @@ def encoded(output, question):
     return [*tokenizer(question, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def test_the_exports_open_with_our_logits(learned, base):
+def test_the_exports_open_with_our_logits(learned, base, tmp_path):
     method, result, output = learned
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(result.hf).eval()
     ours, _ = t5_folders.load(result.hf)
@@ -106,6 +106,10 @@ def test_the_exports_open_with_our_logits(learned, base):
         )
         theirs = t5_folders.torch_logits(adapted.eval(), encoder, decoder)
         np.testing.assert_allclose(found, theirs, atol=1e-4, rtol=0)
+        conversions.merge(result.adapter, str(tmp_path / "merged"))
+        merged, _ = t5_folders.load(tmp_path / "merged")
+        merged = t5_folders.logits(merged, *t5_folders.whole(encoder), *t5_folders.whole(decoder))
+        np.testing.assert_allclose(merged, found, atol=1e-5, rtol=0)
 
 
 def test_answers_are_those_of_transformers(learned):

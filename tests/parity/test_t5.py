@@ -34,6 +34,12 @@ def opened(request, tmp_path_factory):
     return t5_folders.tiny_model(request.param), ours, path
 
 
+@pytest.fixture
+def one_kind(tmp_path):
+    """(transformers' model, ours) of T5 1.1, for mistakes that no kind would hide."""
+    return t5_folders.tiny_model("t5_1_1"), t5_folders.load(t5_folders.tiny_folder("t5_1_1", tmp_path))[0]
+
+
 def tokens_of(rows: int, length: int, *, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 97, (rows, length))
 
@@ -162,13 +168,28 @@ def _assert_gradients(model, ours, path, *, remat):
     assert checked == set(gradients)
 
 
-def test_evaluation_gives_the_loss_of_training(opened):
-    model, ours, _ = opened
+def test_evaluation_gives_the_loss_of_training(one_kind):
+    model, ours = one_kind
     graph, state = nnx.split(ours)
     evaluate = jax.jit(make_eval_step(graph, Compute(jnp.float32, plain, "none", 2, False)))
     sums = evaluate(state, nnx.State({}), packed(pairs(5)[:3], pairs(5)[3:]))
     with torch.no_grad():
         assert float(sums.loss / sums.weight) == pytest.approx(torch_loss(model, pairs(5)).item(), rel=1e-5)
+
+
+def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(one_kind):
+    """Weights and activations rounded to 8 bits; scores and norms' statistics in float32."""
+    model, ours = one_kind
+    graph, state = nnx.split(ours)
+    rounded = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
+    encoder, decoder = questions_and_answers(8)
+    arrays = [jnp.asarray(x) for x in (*t5_folders.whole(encoder), *t5_folders.whole(decoder))]
+    exact = t5_folders.torch_logits(model, encoder, decoder)
+    hidden = rounded(*arrays, compute_dtype=jnp.bfloat16, attention=plain, remat="minimal").hidden
+    assert hidden.dtype == jnp.bfloat16
+    found = np.asarray(rounded.logits(hidden))
+    theirs = t5_folders.torch_logits(model.to(torch.bfloat16), encoder, decoder)
+    assert 0 < np.linalg.norm(found - exact) < 1.05 * np.linalg.norm(theirs - exact)
 
 
 # ---- greedy answers ----
@@ -239,12 +260,6 @@ def test_a_changed_config_is_seen(name, tmp_path):
     _assert_seen(kind, nnx.merge(graph, nnx.state(ours)))
 
 
-@pytest.fixture
-def one_kind(tmp_path):
-    """(transformers' model, ours) of T5 1.1, for mistakes that no kind would hide."""
-    return t5_folders.tiny_model("t5_1_1"), t5_folders.load(t5_folders.tiny_folder("t5_1_1", tmp_path))[0]
-
-
 def _anew(*arrays, **options):
     """The reference as another function, so that what was compiled before a mistake was made is not used again."""
     return plain(*arrays, **options)
@@ -258,7 +273,11 @@ def _unbiased(q, k, v, **options):
     return plain(q, k, v, **{**options, "bias": None})
 
 
-@pytest.mark.parametrize("attention", [_scaled, _unbiased], ids=["scaled", "no bias"])
+def _sees_what_comes(q, k, v, **options):
+    return plain(q, k, v, **{**options, "visible": jnp.ones_like(options["visible"])})
+
+
+@pytest.mark.parametrize("attention", [_scaled, _unbiased, _sees_what_comes], ids=["scaled", "no bias", "not causal"])
 def test_another_attention_is_seen(one_kind, attention):
     _assert_models_differ(*one_kind, attention=attention)
 
