@@ -322,13 +322,14 @@ def _describe_plan(config: Config, plan: assembly.ModelPlan, steps: int, attenti
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     room = inputs.stream.maker.rows.room if inputs.stream else (config.data.max_length or 0,)
     tokens = config.train.batch_rows * sum(room)
+    width = f"{room[0]}" if len(room) == 1 else f"({' + '.join(map(str, room))})"
     method = f"lora r {config.tuning.rank} on {', '.join(plan.adapted)}" if plan.adapted else "full"
     return "\n".join(
         [
             f"model {inputs.base.path}: {total:,} parameters, {trainable:,} of them trained "
             f"({trainable / total:.2%}; {method})",
             f"devices {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({split}); {attention_reason}",
-            f"{steps:,} steps of {config.train.batch_rows} rows x {' + '.join(map(str, room))} = {tokens:,} tokens; "
+            f"{steps:,} steps of {config.train.batch_rows} rows x {width} = {tokens:,} tokens; "
             f"{config.optimizer.name}, learning rate {config.learning_rate:g} {config.optimizer.schedule}, "
             f"warm-up {warmup_steps(config, steps)} steps",
             f"writes to {config.output}",

@@ -16,7 +16,7 @@ from jaxtune.data.examples import NOT_TRAINED, OVERLONG, RowReader, RowResult, f
 from jaxtune.data.packing import Pair
 from jaxtune.data.records import Conversation, RowError
 
-RAW_TEXT = "raw text, which has no input for an encoder"
+RAW_TEXT = "raw text, which has no input for an encoder; expected questions with answers, e.g. prompt and completion"
 
 
 class PairReader(RowReader):

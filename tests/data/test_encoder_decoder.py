@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxtune.config import SourceConfig, TuningConfig
 from jaxtune.data import loader
 from jaxtune.data.chat import templates
-from jaxtune.data.encoder_decoder import PairReader
+from jaxtune.data.encoder_decoder import RAW_TEXT, PairReader
 from jaxtune.data.examples import ExampleOptions
 from jaxtune.data.files import sources
 from jaxtune.data.layouts import formats
@@ -166,7 +166,7 @@ def test_the_answers_of_a_conversation_together_weigh_one_by_their_tokens_and_ow
 
 def test_rows_without_a_question_or_a_trained_answer_are_counted(read):
     (text,) = read({"text": "Once upon a time."})
-    assert (text.examples, text.reason, text.bad) == ([], "raw text, which has no input for an encoder", False)
+    assert (text.examples, text.reason, text.bad) == ([], RAW_TEXT, False)
     (mute,) = read({"messages": [TURNS[0], {**TURNS[1], "train": False}]})
     assert (mute.examples, mute.reason) == ([], "no trained token")
     assert text.lost_tokens > 0 and mute.lost_tokens > 0
