@@ -1,5 +1,7 @@
 """What tests of models share: a folder opened as our decoder, and rows of tokens."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,18 +30,27 @@ def load(path: Any) -> tuple[Decoder, DecoderConfig]:
     return nnx.merge(graph, load_params(folder, state)), config
 
 
+# Compiling takes nearly all of the time of tests on tiny models.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@functools.lru_cache(maxsize=8)
+def _logits_function(graph: nnx.GraphDef, attention: str, options: tuple[tuple[str, Any], ...]) -> Callable:
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def run(state: Any, *arrays: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, state)
+        output = model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS[attention], **dict(options))
+        return model.logits(output.hidden)
+
+    return run
+
+
 def logits(
     decoder: Decoder, tokens: Any, positions: Any, segment_ids: Any, *, attention: str = "xla", **options: Any
 ) -> np.ndarray:
     """Returns `[B T V]` float32 logits, compiled."""
     graph, state = nnx.split(decoder)
-
-    @jax.jit
-    def run(state: Any, *arrays: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, state)
-        output = model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS[attention], **options)
-        return model.logits(output.hidden)
-
+    run = _logits_function(graph, attention, tuple(options.items()))
     return np.asarray(run(state, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segment_ids))))
 
 

@@ -15,7 +15,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxtune"
 # one another as long as they form no circle.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("train", "generate", "chat", "evaluate", "audit", "plan", "prepare", "doctor", "convert.__main__"),
-    ("training", "answering", "conversions"),
+    ("training", "answering", "conversions", "checking"),
+    ("parity", "describing"),
     ("loop", "opening"),
     ("assembly", "card"),
     ("convert",),
@@ -34,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # A command checks what it was given before anything heavy is imported; nobody else imports inside a function.
 IMPORTS_INSIDE_FUNCTIONS = ("train", "audit", "generate", "chat", "evaluate.__main__", "convert.__main__")
 MAY_JIT = ("step", "decoding", "sharding", "placement")
-OPTIONAL = ("wandb", "apache_beam", "lm_eval", "tokamax", "libtpu", "qwix", "matplotlib")
+OPTIONAL = ("wandb", "apache_beam", "lm_eval", "tokamax", "libtpu", "qwix", "matplotlib", "torch")
 NOT_IN_MODELS = ("transformers", "tokenizers", "sentencepiece", "datasets", "grain", "jinja2", "pydantic")
 
 

@@ -1,5 +1,7 @@
 """Every family learns and writes as transformers does: loss, gradient of each tensor, 64 tokens through the cache."""
 
+import functools
+
 import hf_folders
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ def _our_loss_and_gradient(decoder, tokens):
     targets = jnp.roll(jnp.asarray(tokens), -1, axis=1)
     weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=models_helpers.QUICK_COMPILE)
     @jax.value_and_grad
     def loss(params):
         model = nnx.merge(graph, params, rest)

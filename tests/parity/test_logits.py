@@ -30,14 +30,14 @@ def test_logits_equal_transformers(pair, attention, start):
 
 @pytest.mark.parametrize("attention", ["xla", "splash_interpreted"])
 def test_packed_and_padded_segments_equal_transformers_alone(pair, attention):
-    """Row: [pad pad | 9 tokens | 11 tokens from position 8500 | pad pad]; each segment as if it were alone."""
+    """Rows: [pad pad | 9 tokens | 11 tokens from position 8500 | pad pad]; each segment as if it were alone."""
     model, decoder, tolerance = pair
-    tokens = tokens_of(1)
+    tokens = tokens_of(2)
     positions, segments = np.zeros_like(tokens), np.zeros_like(tokens)
     places = {1: slice(2, 11), 2: slice(11, 22)}
     for segment, place in places.items():
-        positions[0, place] = np.arange(place.stop - place.start) + (FAR if segment == 2 else 0)
-        segments[0, place] = segment
+        positions[:, place] = np.arange(place.stop - place.start) + (FAR if segment == 2 else 0)
+        segments[:, place] = segment
     ours = models_helpers.logits(decoder, tokens, positions, segments, attention=attention)
     for place in places.values():
         theirs = torch_logits(model, tokens[:, place], positions[:, place])
@@ -46,7 +46,7 @@ def test_packed_and_padded_segments_equal_transformers_alone(pair, attention):
 
 def test_left_padding_equals_transformers_with_its_mask(pair):
     model, decoder, tolerance = pair
-    tokens = tokens_of(1)
+    tokens = tokens_of(2)
     mask = np.ones_like(tokens)
     mask[:, :5] = 0
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
