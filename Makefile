@@ -29,10 +29,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m jaxtune.generate $(RUN)/hf --prompts configs/quickstart_prompts.txt
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not long and not matrix and not plan"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not long and not matrix and not plan"
 
 test-long: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long
 	$(MAKE) test-matrix
 	$(MAKE) test-plan
 

@@ -181,3 +181,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "gpt_oss")
+# One of every family: what takes long is tried on these in `make test`, on the other variants in `make test-long`.
+ONE_OF_EACH = (
+    *("llama31", "mistral", "qwen25", "qwen3", "gemma", "gemma2", "gemma3", "phi4_longrope", "olmo2", "olmo3"),
+    *("smollm3", "granite", "gpt2", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v2_groups", "deepseek_v3", "gpt_oss"),
+)

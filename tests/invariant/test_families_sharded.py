@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import transformers
-from hf_kinds import KINDS, SIZES, WITH_EXPERTS
+from hf_kinds import KINDS, ONE_OF_EACH, SIZES, WITH_EXPERTS
 
 from jaxtune import assembly
 from jaxtune.batch import Batch
@@ -20,11 +20,6 @@ from jaxtune.step import Compute, initial_state, make_train_step, state_sharding
 
 ONE = (("fsdp", 1),)
 EIGHT = (("fsdp", 4), ("tensor", 2))
-# One of every family; variants of the same parts are left out.
-FAMILIES = (
-    *("llama31", "mistral", "qwen25", "qwen3", "gemma", "gemma2", "gemma3", "phi4_longrope", "olmo2", "olmo3"),
-    *("smollm3", "granite", "gpt2", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v2_groups", "deepseek_v3", "gpt_oss"),
-)
 OVER_EXPERTS = ((("expert", 4), ("tensor", 2)), (("expert", 2), ("fsdp", 2), ("tensor", 2)))
 
 
@@ -89,17 +84,26 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 # Adapters over devices are parts of linear layers: one kind for each sort of linear layer that there is.
 ADAPTED = ("phi4_longrope", "gpt2", "gpt_neox", "deepseek_v3", "gemma3")
+UPDATES = [(kind, "full") for kind in ONE_OF_EACH] + [(kind, "lora") for kind in ADAPTED]
+AT_ONCE = (("gemma2", "full"), ("gpt_oss", "full"), ("gpt2", "lora"))  # the others run in `make test-long`
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [(kind, "full") for kind in FAMILIES] + [(kind, "lora") for kind in ADAPTED]
+    ("kind", "method"), [pytest.param(*p, marks=() if p in AT_ONCE else pytest.mark.long) for p in UPDATES]
 )
 def test_one_update_on_eight_devices_is_that_of_one(kind, method):
     assert_equal(update(kind, method, EIGHT), update(kind, method, ONE))
 
 
 @pytest.mark.parametrize("sizes", OVER_EXPERTS, ids=str)
-@pytest.mark.parametrize("kind", [kind for kind in WITH_EXPERTS if kind in FAMILIES])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind == "mixtral" else pytest.mark.long)
+        for kind in WITH_EXPERTS
+        if kind in ONE_OF_EACH
+    ],
+)
 def test_experts_over_an_axis_give_the_same_update(kind, sizes):
     found = update(kind, "full", sizes)
     assert_equal(found, update(kind, "full", ONE))
@@ -107,6 +111,7 @@ def test_experts_over_an_axis_give_the_same_update(kind, sizes):
     assert routers and all(np.linalg.norm(gradient) > 0 for gradient in routers)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [EIGHT, OVER_EXPERTS[1]], ids=str)
 def test_adapters_of_experts_give_the_same_update_over_devices(sizes):
     targets = ("q_proj", "experts.*")

@@ -11,7 +11,13 @@ import pytest
 
 pytestmark = pytest.mark.matrix
 FOLDERS = pathlib.Path(os.environ.get("JAXTUNE_MATRIX_FOLDERS", "build/matrix"))
-VARIANTS = ("llama2", "llama31", "llama32", "llama_biases", "llama_linear", "mistral", "qwen2", "qwen25")
+VARIANTS = (
+    *("deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "gemma", "gemma2", "gemma3", "gpt2"),
+    *("gpt_neox", "gpt_neox_serial", "gpt_oss", "granite", "llama2", "llama31", "llama32"),
+    *("llama_biases", "llama_dynamic", "llama_linear", "llama_yarn", "mistral", "mixtral", "olmo2"),
+    *("olmo3", "phi3", "phi4_longrope", "qwen2", "qwen25", "qwen3", "qwen3_moe", "qwen3_windows"),
+    *("smollm3",),
+)
 PAIR_VARIANTS = ("t5_1_0", "t5_1_1", "ul2", "mt5", "umt5")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hf_kinds import KINDS
+from hf_kinds import KINDS, ONE_OF_EACH
 from parity_helpers import tokens_of
 
 from jaxtune import placement
@@ -24,7 +24,10 @@ NEW = 64
 PROMPTS = [[5, 9, 13], [7, 7, 20, 31, 44, 58, 60]]
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=() if k in ONE_OF_EACH else pytest.mark.long) for k in sorted(KINDS)],
+)
 def loaded(request, tmp_path_factory):
     path = hf_folders.tiny_folder(request.param, tmp_path_factory.mktemp(request.param))
     return hf_folders.tiny_model(request.param), models_helpers.load(path), path
