@@ -23,13 +23,14 @@ def tiny_model(kind: str, **changes: Any) -> transformers.PreTrainedModel:
 
 
 def redraw(model: torch.nn.Module) -> None:
-    """Draws every tensor anew with std 0.2, norms around 1."""
+    """Draws every tensor anew with std 0.2, norms around what leaves their input as it is: 1, or 0 where 1 is added."""
+    plain = 0 if model.config.model_type.startswith("gemma") else 1
     generator = torch.Generator().manual_seed(7)
     statistics = [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *statistics]:
             noise = torch.randn(tensor.shape, generator=generator) * 0.2
-            tensor.copy_(1 + noise if "norm" in name or ".ln_" in name else noise)
+            tensor.copy_(plain + noise if "norm" in name or ".ln_" in name else noise)
 
 
 def tiny_folder(

@@ -1,8 +1,19 @@
 """Qwen 3, dense and with experts: Llama's shape with a norm over each head's query and key."""
 
+from typing import Any
+
 from jaxtune.models.decoder_config import DecoderConfig, ExpertsConfig, LayerKind, group_layers
-from jaxtune.models.family import ExpertNames, Family, llama_line_weights
-from jaxtune.models.reading import HFConfig, first_of, llama_line, required, rope_of, window_of, windows_of
+from jaxtune.models.family import ExpertNames, Family, Weight, llama_line_weights
+from jaxtune.models.reading import (
+    HFConfig,
+    complete_rope,
+    first_of,
+    llama_line,
+    required,
+    rope_of,
+    window_of,
+    windows_of,
+)
 
 
 def read_config(config: HFConfig) -> DecoderConfig:
@@ -46,10 +57,16 @@ def _qwen3(config: HFConfig, kinds: list[LayerKind], experts: ExpertsConfig | No
     )
 
 
-def sparse_weights(config: DecoderConfig) -> tuple:
+def sparse_weights(config: DecoderConfig) -> tuple[Weight, ...]:
     """Returns the names of Qwen 3 MoE."""
     return llama_line_weights(config, experts=ExpertNames())
 
 
+def complete_sparse(config: dict[str, Any]) -> None:
+    """Says rope, and the number of experts, in the words of transformers 4 and 5."""
+    complete_rope(config)
+    config.setdefault("num_experts", config.get("num_local_experts"))
+
+
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_config, llama_line_weights)
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", read_sparse_config, sparse_weights)
+QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", read_sparse_config, sparse_weights, complete=complete_sparse)

@@ -35,6 +35,7 @@ ROPE_WORDS = {
     "olmo3": {"rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"},
     "phi3": {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"},
     "gpt_neox": {"rope_parameters", "rotary_pct", "rotary_emb_base"},
+    "qwen3_moe": {"rope_theta", "rope_scaling", "rope_parameters", "num_experts"},
     "gpt2": set(),
 }
 
