@@ -311,13 +311,19 @@ def _say_comparison(found: Comparison, say: Say) -> None:
     )
     if found.missing:
         say(line("", f"transformers misses tensors, and drew them: {some(found.missing)}"))
+    if found.told:
+        say(line("", f"transformers was told {found.told}"))
+    if found.rounding is not None:
+        say(line("", f"the last bit of the embedding alone moves the logits by {found.rounding:.1e}"))
+    if found.is_rounding:
+        say(line("", "the difference is over the tolerance, but no more than float32's rounding in this model"))
     if found.is_at_parity:
         say(line("at parity", "yes"))
         return
     say(line("at parity", "no"))
     if found.base_tolerance == parity.EXPERTS_TOLERANCE and min(found.by_row) <= found.tolerance:
         say(line("", "one row is: two experts of nearly the same score may have changed places in the other"))
-    say(line("", "do not tune this folder; please report it with its config.json and these lines"))
+    say(line("", "do not tune it before the reason is known; please report it with its config.json and these lines"))
 
 
 def _as_facts(plan: Plan, found: Comparison) -> Facts:
@@ -334,6 +340,7 @@ def _as_facts(plan: Plan, found: Comparison) -> Facts:
         "bytes_free": plan.free,
         **{key: _finite(value) for key, value in asdict(found).items()},
         "tolerance": _finite(found.tolerance),
+        "is_rounding": found.is_rounding,
     }
 
 
