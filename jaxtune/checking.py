@@ -103,8 +103,8 @@ def check(path: str, *, length: int | None = None, say: Say = print) -> Report:
     try:
         folder = _open(place.base)
         family, config, model = _read(folder)
-    except ValueError as error:
-        report.problems.append(str(error))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        report.problems.append(_refusal(place.base, error))
         _say_problems(report, say)
         return report
     _describe(report, folder, family, config, model, say)
@@ -138,28 +138,28 @@ def _open(path: str) -> HFFolder:
 
 
 def _read(folder: HFFolder) -> tuple[Family, Any, nnx.Module]:
-    """Returns the folder's family, its configuration and its module as shapes.
-
-    Raises:
-        ValueError: what the readers refuse, and values of a kind that none of them expects.
-    """
+    """Returns the folder's family, its configuration and its module as shapes."""
     family = family_of(folder.config, where=folder.path)
-    try:
-        config = family.read_config(folder.config)
-        return family, config, nnx.eval_shape(lambda: family.build(config, key=jax.random.key(0)))
-    except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-        raise ValueError(
-            f"{folder.path}: config.json has a value of a kind that no {family.model_type} has "
-            f"({type(error).__name__}: {error}); take the model's own config.json"
-        ) from error
+    config = family.read_config(folder.config)
+    return family, config, nnx.eval_shape(lambda: family.build(config, key=jax.random.key(0)))
+
+
+def _refusal(path: str, error: Exception) -> str:
+    """Returns what a reader says of the folder, or that it met a value which it did not expect at all."""
+    if isinstance(error, ValueError) and (path in str(error) or "config.json" in str(error)):
+        return str(error)
+    return (
+        f"{path}: config.json has a value of a kind that no model of this family has ({type(error).__name__}: "
+        f"{error}); take the model's own config.json"
+    )
 
 
 def _describe(report: Report, folder: HFFolder, family: Family, config: Any, model: nnx.Module, say: Say) -> None:
     report.model_type, report.architecture = family.model_type, family.architecture
     report.model = describe(config, parameters=adapters.count(nnx.state(model)))
     say(line("model_type", f"{family.model_type}, read as {family.architecture}"))
-    named = folder.config.get("architectures") or [family.architecture]
-    if family.architecture not in named:
+    named = folder.config.get("architectures")
+    if isinstance(named, list) and named and family.architecture not in named:
         say(line("", f"config.json names {', '.join(map(str, named))}; its weights are read as that of the family"))
     for text in lines(report.model):
         say(text)

@@ -367,8 +367,9 @@ def random_rows(plan: Plan) -> list[tuple[np.ndarray, ...]]:
         for key, value in words.items()
         if key.endswith(("_token_id", "_token_index"))
         for token in (value if isinstance(value, list) else [value])
+        if isinstance(token, int)
     }
-    tokens = np.array([token for token in range(plan.config.vocab_size) if token not in special])
+    tokens = np.setdiff1d(np.arange(plan.config.vocab_size), sorted(special))
     draw = np.random.default_rng(SEED)
     rows: list[tuple[np.ndarray, ...]] = []
     for _ in range(ROWS):

@@ -176,7 +176,10 @@ def test_tensors_that_do_not_fit_are_named(copy, capsys):
             "found rope_type = 'spiral'; supported: default",
         ),
         ({"num_hidden_layers": None}, "found no 'num_hidden_layers'"),
-        ({"num_hidden_layers": [3]}, "config.json has a value of a kind that no llama has (TypeError"),
+        ({"num_hidden_layers": [3]}, "config.json has a value of a kind that no model of this family has (TypeError"),
+        ({"model_type": ["llama"]}, "no model of this family has (TypeError: unhashable type"),
+        ({"quantization_config": "awq"}, "no model of this family has (AttributeError"),
+        ({"rope_parameters": "linear"}, "no model of this family has (ValueError"),
         ({"hidden_act": "prelu"}, "found hidden_act = 'prelu'; supported: silu"),
     ],
 )
