@@ -35,23 +35,30 @@ QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @functools.lru_cache(maxsize=8)
-def _logits_function(graph: nnx.GraphDef, attention: str, options: tuple[tuple[str, Any], ...]) -> Callable:
+def _logits_function(graph: nnx.GraphDef, attention: str) -> Callable:
     @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
-    def run(state: Any, *arrays: jax.Array) -> jax.Array:
+    def run(state: Any, dropout_keys: jax.Array | None, *arrays: jax.Array) -> jax.Array:
         model = nnx.merge(graph, state)
-        output = model(*arrays, compute_dtype=jnp.float32, attention=ATTENTIONS[attention], **dict(options))
+        kernel = ATTENTIONS[attention]
+        output = model(*arrays, compute_dtype=jnp.float32, attention=kernel, dropout_keys=dropout_keys)
         return model.logits(output.hidden)
 
     return run
 
 
 def logits(
-    decoder: Decoder, tokens: Any, positions: Any, segment_ids: Any, *, attention: str = "xla", **options: Any
+    decoder: Decoder,
+    tokens: Any,
+    positions: Any,
+    segment_ids: Any,
+    *,
+    attention: str = "xla",
+    dropout_keys: jax.Array | None = None,
 ) -> np.ndarray:
     """Returns `[B T V]` float32 logits, compiled."""
     graph, state = nnx.split(decoder)
-    run = _logits_function(graph, attention, tuple(options.items()))
-    return np.asarray(run(state, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segment_ids))))
+    run = _logits_function(graph, attention)
+    return np.asarray(run(state, dropout_keys, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segment_ids))))
 
 
 def jaxpr_of(decoder: Decoder) -> Any:
