@@ -117,6 +117,7 @@ def test_packed_and_padded_rows_have_the_same_gradient(method: str, sizes: dict)
     _assert_equal(_update(method, tuple(sizes.items()), 2, False, False), expected, 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_in_float64_splits_differ_by_rounding_alone(method: str) -> None:
     with jax.enable_x64(True):

@@ -33,6 +33,19 @@ def loaded(request, tmp_path_factory):
     return hf_folders.tiny_model(request.param), models_helpers.load(path), path
 
 
+# One kind for each sort of attention; the others answer in `make test-long`.
+ANSWERING = ("llama31", "gemma3", "gpt2", "smollm3", "deepseek_v3", "gpt_oss")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=() if k in ANSWERING else pytest.mark.long) for k in sorted(KINDS)],
+)
+def answering(request, tmp_path_factory):
+    path = hf_folders.tiny_folder(request.param, tmp_path_factory.mktemp(request.param))
+    return hf_folders.tiny_model(request.param), models_helpers.load(path), path
+
+
 def _our_loss_and_gradient(decoder, tokens):
     graph, params, rest = nnx.split(decoder, nnx.Param, ...)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
@@ -90,8 +103,8 @@ def test_loss_and_gradients_equal_transformers(loaded, tmp_path):
     assert checked >= 0.8 * len(written.tensors)
 
 
-def test_64_greedy_tokens_equal_transformers(loaded):
-    model, (decoder, config), _ = loaded
+def test_64_greedy_tokens_equal_transformers(answering):
+    model, (decoder, config), _ = answering
     model.generation_config.eos_token_id = None
     graph, state = nnx.split(decoder)
     decoding = Decoding(graph, config, stop_ids=(), dtype=jnp.float32)
