@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data.reasoning", "data.tool_calls"),
     ("data.row_values",),
     ("data.records",),
-    ("placement", "sharding", "loss", "optimizer", "adafactor", "checkpoint", "metrics", "run_folder", "memory"),
+    ("placement", "hosts", "sharding", "loss", "optimizer", "adafactor", "checkpoint", "metrics", "run_folder", "memory"),
     ("decode",),
     ("config", "batch", "hub", "compat", "asking", "__init__"),
 )
