@@ -9,7 +9,8 @@ from flax import nnx
 
 from jaxtune import adapters, assembly, card, hub
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.config import PAIR_LENGTHS, Config
+from jaxtune.config import Config
+from jaxtune.config_data import PAIR_LENGTHS
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import check_space, export_folder
 from jaxtune.convert.peft import export_adapter

@@ -16,7 +16,8 @@ import tiny_runs
 
 from jaxtune import config as config_module
 from jaxtune import loop
-from jaxtune.config import Config, Section, SourceConfig
+from jaxtune.config import Config
+from jaxtune.config_data import Section, SourceConfig
 from jaxtune.decode import ConfigError, decode, describe_keys, from_tree, json_schema, read_yaml, to_yaml
 from jaxtune.train import train
 
@@ -339,7 +340,7 @@ def reads_that_count(frame: Any) -> bool:
     if frame.f_code.co_name in ("_inherit", "_rooted"):  # these hand keys on, whatever they are
         return False
     module = frame.f_globals.get("__name__", "")
-    if module in ("jaxtune.config", "jaxtune.decode", "jaxtune.card", "jaxtune.memory"):
+    if module in ("jaxtune.config", "jaxtune.config_data", "jaxtune.decode", "jaxtune.card", "jaxtune.memory"):
         return False
     return module.startswith("jaxtune.")
 

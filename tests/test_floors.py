@@ -28,9 +28,20 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data.reasoning", "data.tool_calls"),
     ("data.row_values",),
     ("data.records",),
-    ("placement", "hosts", "sharding", "loss", "optimizer", "adafactor", "checkpoint", "metrics", "run_folder", "memory"),
+    (
+        "placement",
+        "hosts",
+        "sharding",
+        "loss",
+        "optimizer",
+        "adafactor",
+        "checkpoint",
+        "metrics",
+        "run_folder",
+        "memory",
+    ),
     ("decode",),
-    ("config", "batch", "hub", "compat", "asking", "__init__"),
+    ("config", "config_data", "batch", "hub", "compat", "asking", "__init__"),
 )
 # A command checks what it was given before anything heavy is imported; nobody else imports inside a function.
 IMPORTS_INSIDE_FUNCTIONS = ("train", "audit", "generate", "chat", "evaluate.__main__", "convert.__main__")

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from jaxtune.config import Config, HoldOutConfig, MixingConfig
+from jaxtune.config import Config
+from jaxtune.config_data import HoldOutConfig, MixingConfig
 from jaxtune.data import loader, planning
 from jaxtune.data.chat import templates
 from jaxtune.data.mixing import tree

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.config import Config, SourceConfig
+from jaxtune.config import Config
+from jaxtune.config_data import SourceConfig
 from jaxtune.data import lengths
 from jaxtune.data.chat import templates
 from jaxtune.data.encoder_decoder import PairReader

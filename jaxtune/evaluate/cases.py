@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.files.sources import Source, open_source
 from jaxtune.data.layouts.formats import Layout, find_layout
 from jaxtune.data.records import Message, NothingToLearn, RowError

@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 import transformers
 
-from jaxtune.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
+from jaxtune.config import Config, ModelConfig, TrainConfig
+from jaxtune.config_data import DataConfig, SourceConfig
 from jaxtune.data.chat import templates
 
 SPECIAL = [

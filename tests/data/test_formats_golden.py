@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.chat.templates import load_template
 from jaxtune.data.files import sources
 from jaxtune.data.layouts.formats import find_layout

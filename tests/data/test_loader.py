@@ -10,7 +10,8 @@ from conftest import make_config, pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxtune.config import SourceConfig, TuningConfig
+from jaxtune.config import TuningConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data import loader, measuring
 from jaxtune.data.chat.chat_templates import BUILT_INS
 from jaxtune.data.mixing import tree

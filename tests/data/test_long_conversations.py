@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.chat import templates
 from jaxtune.data.examples import ExampleOptions, RowReader
 from jaxtune.data.files import sources

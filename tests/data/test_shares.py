@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxtune import audit
-from jaxtune.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
+from jaxtune.config import Config, ModelConfig, TrainConfig
+from jaxtune.config_data import DataConfig, SourceConfig
 from jaxtune.data import planning
 from jaxtune.data.mixing import mixture, tree
 from jaxtune.data.mixing.shares import Sizes, leaf_shares, style_parts

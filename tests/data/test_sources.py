@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxtune import hub
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.files import line_index, sources
 from jaxtune.data.records import RowError
 

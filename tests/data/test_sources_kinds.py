@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.files import sources, spooling
 from jaxtune.data.layouts.formats import find_layout
 from jaxtune.data.records import RowError

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.files import sources, spool
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.chat import templates
 from jaxtune.data.examples import ExampleOptions, RowReader
 from jaxtune.data.files import sources

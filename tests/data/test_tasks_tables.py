@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.files import sources
 from jaxtune.data.layouts.formats import find_layout
 from jaxtune.data.records import RowError

@@ -239,7 +239,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 def many(options: argparse.Namespace) -> None:
     """Prints how fast files are indexed, and what a mixture of all of them takes."""
-    from jaxtune.config import SourceConfig
+    from jaxtune.config_data import SourceConfig
     from jaxtune.data.files import sources
 
     folder = pathlib.Path(options.folder)

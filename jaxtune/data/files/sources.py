@@ -17,7 +17,7 @@ import pyarrow as pa
 from huggingface_hub import errors as hub_errors
 
 from jaxtune import hub
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.files import readers, spooling
 from jaxtune.data.files.line_index import BOM
 from jaxtune.data.files.readers import Concatenated, Source

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxtune.config import MixingConfig
+from jaxtune.config_data import MixingConfig
 from jaxtune.data.mixing.tree import Node
 
 BY_SIZE = ("proportional", "temperature")

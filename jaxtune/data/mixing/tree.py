@@ -16,7 +16,8 @@ from fractions import Fraction
 from typing import Any
 
 from jaxtune import hub
-from jaxtune.config import Config, HoldOutConfig, MixingConfig, SourceConfig
+from jaxtune.config import Config
+from jaxtune.config_data import HoldOutConfig, MixingConfig, SourceConfig
 
 # Keys of a group that its members have too, unless they say otherwise.
 INHERITED = (

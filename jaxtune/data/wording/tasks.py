@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxtune.config import SourceConfig
+from jaxtune.config_data import SourceConfig
 from jaxtune.data.layouts.formats import Layout
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
 from jaxtune.data.row_values import near
