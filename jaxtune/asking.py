@@ -1,4 +1,4 @@
-"""The flags that every command which asks a model shares, checked before anything heavy is imported."""
+"""What commands share: flags of those that ask a model, how findings and errors are told; imports nothing heavy."""
 
 import argparse
 import os
@@ -31,6 +31,13 @@ class Sampling(NamedTuple):
         if self.temperature == 0:
             return "likeliest"
         return "drawn" if self.top_p == 1 else "nucleus"
+
+
+class Finding(NamedTuple):
+    """One question and its answer, of commands that look things over; `level` is ok, warning or error."""
+
+    level: str
+    text: str
 
 
 def make_parser(program: str, doc: str) -> argparse.ArgumentParser:

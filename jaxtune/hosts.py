@@ -159,14 +159,30 @@ def together() -> Iterator[None]:
 
 
 def refuse_differences(what: Mapping[str, Any]) -> None:
-    """Raises ValueError on every host when hosts disagree on a value, saying which hosts and on what."""
-    told = gather(dict(what))
-    for key in what:
+    """Raises ValueError on every host when hosts disagree on a value, saying which hosts, on what, and their values.
+
+    A mapping inside is compared key by key.
+    """
+    told = [_flat(one) for one in gather(dict(what))]
+    problems = []
+    for key in dict.fromkeys(key for one in told for key in one):
         values = [json.dumps(one.get(key)) for one in told]
-        if len(set(values)) > 1:
-            common = max(set(values), key=values.count)
-            others = [f"{names()[host]} has {value}" for host, value in enumerate(values) if value != common]
-            raise ValueError(
-                f"the hosts of this run disagree on {key}: {'; '.join(others[:4])}; the other "
-                f"{values.count(common)} have {common}. Start every host with the same command on the same data"
-            )
+        common = max(values, key=values.count)  # of several, that of the first host
+        others = [f"{names()[host]} has {value}" for host, value in enumerate(values) if value != common]
+        if others:
+            more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+            problems.append(f"{key}: {', '.join(others[:4])}{more}, the other {values.count(common)} have {common}")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"the hosts of this run disagree on {'; '.join(problems[:5])}{more}. Start every host with the same "
+            "command on the same files"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping) and value
+        out |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return out

@@ -7,10 +7,12 @@ over, so that a change of layout is a change of the table.
 
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -183,3 +185,25 @@ def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any)
 def create_on_mesh(make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
     """Runs `make(*args)` compiled, every result created where `shardings` says: no leaf strays on one device."""
     return jax.jit(make, out_shardings=shardings)(*args)
+
+
+def time_all_reduce(mesh: Mesh, axis: str, *, size: int, repeats: int = 5) -> float:
+    """Returns the seconds that an all-reduce over a mesh axis takes, the shortest of a few.
+
+    Args:
+        size: bytes that each device brings, as float32.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec(MESH_AXES))
+    values = create_on_mesh(lambda: jnp.ones(mesh.size * (size // 4), jnp.float32), everywhere)
+
+    def total(x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, axis)
+
+    run = jax.jit(jax.shard_map(total, mesh=mesh, in_specs=everywhere.spec, out_specs=everywhere.spec, check_vma=False))
+    run(values).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run(values).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

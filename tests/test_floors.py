@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxtune"
 # one another as long as they form no circle.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("train", "generate", "chat", "evaluate", "audit", "plan", "prepare", "doctor", "convert.__main__"),
-    ("training", "answering", "conversions", "checking"),
+    ("training", "answering", "conversions", "checking", "examining"),
     ("parity", "describing"),
     ("loop", "opening"),
     ("assembly", "card"),
@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "config_data", "batch", "hub", "compat", "asking", "__init__"),
 )
 # A command checks what it was given before anything heavy is imported; nobody else imports inside a function.
-IMPORTS_INSIDE_FUNCTIONS = ("train", "audit", "generate", "chat", "evaluate.__main__", "convert.__main__")
+IMPORTS_INSIDE_FUNCTIONS = ("train", "doctor", "audit", "generate", "chat", "evaluate.__main__", "convert.__main__")
 MAY_JIT = ("step", "decoding", "sharding", "placement")
 OPTIONAL = ("wandb", "apache_beam", "lm_eval", "tokamax", "libtpu", "qwix", "matplotlib", "torch")
 NOT_IN_MODELS = ("transformers", "tokenizers", "sentencepiece", "datasets", "grain", "jinja2", "pydantic")

@@ -2,23 +2,17 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 
+from jaxtune.asking import Finding
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import table_of
 
 # Architectures of ours that convert_hf_to_gguf.py registers.
 CONVERTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class Finding(NamedTuple):
-    """One question and its answer; `level` is ok, warning or error."""
-
-    level: str
-    text: str
 
 
 def check(path: str) -> list[Finding]:
