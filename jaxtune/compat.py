@@ -23,13 +23,18 @@ def prepare_environment() -> None:
     if shown and int(shown[1]) > 1:
         os.environ.setdefault("NPROC", str(4 * int(shown[1])))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    has_chips = any(pathlib.Path("/dev").glob("accel*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
-    if not has_chips:
+    if not has_chips():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        if "JAX_PLATFORMS" not in os.environ and not _has_gpu():
+        if "JAX_PLATFORMS" not in os.environ and not has_gpu():
             os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def _has_gpu() -> bool:
+def has_chips() -> bool:
+    """Whether TPU chips show their device files here."""
+    return any(pathlib.Path("/dev").glob("accel*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+
+
+def has_gpu() -> bool:
+    """Whether a GPU's driver shows itself here."""
     # NVIDIA, AMD, and either of them under WSL2
     return any(pathlib.Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))

@@ -19,6 +19,7 @@ import packaging.utils
 
 from jaxtune import assembly, hosts, hub, sharding
 from jaxtune.asking import Finding
+from jaxtune.compat import has_chips, has_gpu
 from jaxtune.config import Config
 from jaxtune.convert.folder import open_folder
 from jaxtune.data.chat.templates import load_template, load_tokenizer
@@ -172,8 +173,7 @@ def _devices() -> Iterator[Finding]:
     kinds = sorted({device.device_kind for device in jax.devices()})
     level = "ok" if len(kinds) == 1 else "error"
     yield Finding(level, f"{jax.device_count()} x {', '.join(kinds)}, {jax.default_backend()}")
-    chips = any(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/nvidiactl").exists()
-    if jax.default_backend() == "cpu" and chips:
+    if jax.default_backend() == "cpu" and (has_chips() or has_gpu()):
         yield Finding(
             "warning",
             "an accelerator's device files are here, but jax runs on the CPU; install jaxtune[tpu] "

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import os
-import pathlib
 import socket
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from jaxtune.compat import has_chips
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 METADATA_SECONDS = 3.0
@@ -71,8 +72,7 @@ def is_cluster(env: Mapping[str, str]) -> bool:
     workers = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
     if workers is not None:
         return "," in workers
-    has_chips = any(pathlib.Path("/dev").glob("accel*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
-    return has_chips and "TPU_SKIP_MDS_QUERY" not in env and "," in _tpu_workers(env)
+    return has_chips() and "TPU_SKIP_MDS_QUERY" not in env and "," in _tpu_workers(env)
 
 
 def _tpu_workers(env: Mapping[str, str]) -> str:
