@@ -5,6 +5,7 @@ layers are stacked in one leaf, so the largest layer would decide for all of the
 measured by itself, and a stacked model is updated exactly as its layers would be one by one.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
+from jaxtune.sharding import own_shape
 
 STACKING = ("layers", "experts")  # logical axes that only hold matrices side by side
 SMALLEST_SCALE = 1e-3  # of a parameter: one that begins at zero has to begin to move (epsilon 2 of the paper)
@@ -51,11 +54,12 @@ def _by_matrix(change: Callable[[jax.Array, jax.Array, Callable[[jax.Array], jax
     """Returns the transformation `change(update, parameter, rms)`; `rms` is over the axes that do not only stack."""
 
     def one(update: nnx.Variable, parameter: nnx.Variable) -> nnx.Variable:
-        axes = parameter.get_metadata()["axes"]
+        axes, shape = parameter.get_metadata()["axes"], own_shape(parameter)
         own = tuple(place for place, axis in enumerate(axes) if axis not in STACKING)
+        size = math.prod(shape[place] for place in own)  # a vocabulary's padding is 0 in every sum, and not counted
 
         def rms(x: jax.Array) -> jax.Array:
-            return jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True))
+            return jnp.sqrt(jnp.sum(jnp.square(x), axis=own, keepdims=True) / size)
 
         return update.replace(change(update.get_value(), parameter.get_value(), rms))
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtune.models.experts import ExpertLinear, RouterParam
 from jaxtune.models.layers import Linear, LoRAParam
 from jaxtune.placement import add_update
+from jaxtune.sharding import own_shape
 
 ALL_LINEAR = "all-linear"
 
@@ -119,8 +120,9 @@ def trainable_filter(method: str, *, routers: str = "train") -> Any:
 
 
 def count(state: Any) -> int:
-    """Returns how many numbers a state holds, abstract or not."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+    """Returns how many numbers a tree of nnx variables holds, abstract or not, without padding of a vocabulary."""
+    variables = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return sum(math.prod(own_shape(variable)) for variable in variables)
 
 
 def merge(state: nnx.State) -> nnx.State:

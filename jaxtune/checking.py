@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxtune import adapters, parity
 from jaxtune.convert.folder import HFFolder, open_folder
-from jaxtune.convert.hf import leaf_shape, leaves_of, name_table
+from jaxtune.convert.hf import leaf_shape, name_table, variables_of
 from jaxtune.describing import Facts, describe, line, lines, some
 from jaxtune.models.family import Family
 from jaxtune.models.registry import family_of
@@ -168,14 +168,14 @@ def _describe(report: Report, folder: HFFolder, family: Family, config: Any, mod
 def compare_tensors(folder: HFFolder, family: Family, config: Any, model: nnx.Module) -> Tensors:
     """Compares the folder's tensors with those that its config.json asks for, from their headers alone."""
     table = name_table(family, config, folder.tensors)
-    leaves = leaves_of(nnx.state(model))
+    variables = variables_of(nnx.state(model))
     found = Tensors(len(folder.headers), dtypes=dict(Counter(info.dtype for info in folder.tensors.values())))
     for name, place in table.items():
         info = folder.tensors.get(name)
         if place.optional:
             found.copies.extend([name] if info is not None else [])
             continue
-        expected = leaf_shape(place, leaves[place.path])
+        expected = leaf_shape(place, variables[place.path])
         if info is None:
             found.missing[name] = list(expected)
         elif info.shape != expected:

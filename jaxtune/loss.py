@@ -35,11 +35,13 @@ class TokenLosses(NamedTuple):
 class _Plan(NamedTuple):
     """How one device computes its tokens' losses: what is known when the step is compiled.
 
-    `token_axes`: mesh axes that sums run over. `vocab_axis`, `width_axis`: axes that the head is split over, or None.
+    `vocab_size`: columns that are the vocabulary, or None for all. `token_axes`: mesh axes that sums run over.
+    `vocab_axis`, `width_axis`: axes that the head is split over, or None.
     """
 
     chunk: int
     train_head: bool
+    vocab_size: int | None
     logit_scale: float
     softcap: float | None
     token_axes: tuple[str, ...] = ()
@@ -54,6 +56,7 @@ def token_losses(
     targets: jax.Array,
     weights: jax.Array,
     train_head: bool,
+    vocab_size: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk: int = 1024,
@@ -69,10 +72,11 @@ def token_losses(
             `logit_scale`, and then cut off softly at `softcap` where one is given.
         targets: int32 `[B T]`, the next token at each position.
         weights: float32 `[B T]`, >= 0.
+        vocab_size: columns of the head that are the vocabulary; those behind it are padding, and nothing predicts them.
         train_head: whether the gradient of `head` is wanted; without it that gradient is zero and costs nothing.
         chunk: tokens per device that pass the head at once.
     """
-    plan = _Plan(chunk, train_head, logit_scale, softcap)
+    plan = _Plan(chunk, train_head, vocab_size if vocab_size < head.shape[1] else None, logit_scale, softcap)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return TokenLosses(*_fused(hidden, head, targets, weights, plan))
@@ -138,7 +142,8 @@ def _pass(
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
     """One pass over this device's tokens: losses, and with them the gradients of `hidden` and `head`."""
     B, T, D = hidden.shape
-    chunk, train_head, _, _, token_axes, vocab_axis, width_axis = plan
+    chunk, train_head, token_axes = plan.chunk, plan.train_head, plan.token_axes
+    vocab_axis, width_axis = plan.vocab_axis, plan.width_axis
     full_head = jax.lax.all_gather(head, width_axis, axis=0, tiled=True) if width_axis else head
     exact = jnp.promote_types(hidden.dtype, jnp.float32)
     count = B * T
@@ -200,12 +205,21 @@ def _pass(
 
 
 def _soften(products: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array | float | None]:
-    """Returns the logits of `hidden @ head`, and their derivative by it (None: 1)."""
+    """Returns the logits of `hidden @ head`, -inf in columns of padding, and their derivative by it (None: 1)."""
     logits = products if plan.logit_scale == 1 else products * plan.logit_scale
-    if plan.softcap is None:
-        return logits, None if plan.logit_scale == 1 else plan.logit_scale
-    bent = jnp.tanh(logits / plan.softcap)
-    return plan.softcap * bent, (1 - jnp.square(bent)) * plan.logit_scale
+    slope: Any = None if plan.logit_scale == 1 else plan.logit_scale
+    if plan.softcap is not None:
+        bent = jnp.tanh(logits / plan.softcap)
+        logits, slope = plan.softcap * bent, (1 - jnp.square(bent)) * plan.logit_scale
+    if plan.vocab_size is not None:
+        logits = jnp.where(_columns(logits, plan.vocab_axis)[None, :] < plan.vocab_size, logits, -jnp.inf)
+    return logits, slope
+
+
+def _columns(logits: jax.Array, vocab_axis: str | None) -> jax.Array:
+    """Returns the numbers `[V]` in the whole vocabulary of this device's columns `[t V]`."""
+    size = logits.shape[1]
+    return jnp.arange(size) + (jax.lax.axis_index(vocab_axis) * size if vocab_axis else 0)
 
 
 def _softmax_statistics(
@@ -215,9 +229,7 @@ def _softmax_statistics(
 
     With `vocab_axis` each device holds a range of the vocabulary, in order, and the sums run over all of them.
     """
-    size = logits.shape[1]
-    offset = jax.lax.axis_index(vocab_axis) * size if vocab_axis else 0
-    is_target = jnp.arange(size)[None, :] + offset == targets[:, None]
+    is_target = _columns(logits, vocab_axis)[None, :] == targets[:, None]
     top = jnp.max(logits, axis=1)
     target = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
     if vocab_axis:

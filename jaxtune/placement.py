@@ -25,23 +25,31 @@ def default_sharding() -> Sharding:
     return SingleDeviceSharding(jax.devices()[0])
 
 
-def row_sharded(read: ReadRows, shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
+def row_sharded(
+    read: ReadRows, shape: tuple[int, ...], dtype: Any, sharding: Sharding, *, held: int | None = None
+) -> jax.Array:
     """Forms an array split by rows over the devices of `sharding`; each process reads only what its devices hold.
 
     Args:
-        shape: at least one dimension, rows first.
+        shape: of the tensor, at least one dimension, rows first.
         read: `(start, stop)` -> those rows of the tensor.
+        held: rows that the array is to have, zeros behind the tensor's own; None for its own alone.
     """
-    rows = _row_sharding(shape[0], sharding)
+    held = held or shape[0]
+    rows = _row_sharding(held, sharding)
     seen: dict[tuple[int, int], np.ndarray] = {}  # devices that hold the same rows read them once
 
     def piece(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(shape[0])
+        start, stop, _ = index[0].indices(held)
         if (start, stop) not in seen:
-            seen[start, stop] = read(start, stop)
+            own = max(0, min(stop, shape[0]) - start)
+            values = read(start, start + own) if own else np.zeros((0, *shape[1:]), dtype)
+            if own < stop - start:
+                values = np.concatenate([values, np.zeros((stop - start - own, *shape[1:]), dtype)])
+            seen[start, stop] = values
         return seen[start, stop]
 
-    return jax.make_array_from_callback(shape, rows, piece, dtype=dtype)
+    return jax.make_array_from_callback((held, *shape[1:]), rows, piece, dtype=dtype)
 
 
 def _row_sharding(rows: int, sharding: Sharding) -> Sharding:

@@ -21,6 +21,10 @@ from jaxtune import hub
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "context", "expert")
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
 
+# Vocabularies are held as a multiple of this: the lanes of a TPU's registers, and every power of two that a mesh axis
+# may have. It is the same on every mesh, so that a checkpoint fits any.
+VOCAB_MULTIPLE = 128
+
 # Parameters are split over fsdp along the model's width and over tensor along heads, mlp and vocabulary; nothing is
 # split over slice, for the data-centre network is too slow to gather weights through.
 PARAMETER_RULES: Mapping[str, str | None] = {
@@ -117,6 +121,15 @@ def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
             taken.add(axis)
             spec.append(axis)
     return PartitionSpec(*spec)
+
+
+def own_shape(variable: Any) -> tuple[int, ...]:
+    """Returns an nnx variable's shape as people and checkpoints know it: without the padding of its vocabulary."""
+    metadata, shape = variable.get_metadata(), tuple(variable.get_value().shape)
+    if "vocab_size" not in metadata:
+        return shape
+    sizes = zip(metadata["axes"], shape, strict=True)
+    return tuple(metadata["vocab_size"] if axis == "vocab" else size for axis, size in sizes)
 
 
 def parameter_shardings(abstract_state: Any, mesh: Mesh) -> Any:

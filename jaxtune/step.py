@@ -224,6 +224,7 @@ def _losses(model: Any, batch: AnyBatch, compute: Compute, keys: Any) -> tuple[T
     losses = token_losses(
         output.hidden,
         head.kernel,
+        vocab_size=head.vocab_size,
         targets=batch.targets,
         weights=batch.loss_weights,
         train_head=compute.train_head,

@@ -47,7 +47,9 @@ def test_losses_and_gradients_equal_the_textbook_formula(sizes: dict | None, V: 
         )
 
         def ours(hidden: jax.Array, head: jax.Array, train_head: bool = True) -> tuple:
-            losses = token_losses(hidden, head, targets=targets, weights=weights, train_head=train_head, chunk=7)
+            losses = token_losses(
+                hidden, head, targets=targets, weights=weights, train_head=train_head, vocab_size=V, chunk=7
+            )
             return losses.total, losses
 
         def check() -> None:
@@ -74,7 +76,9 @@ def test_a_batch_without_trained_tokens_costs_nothing_and_has_no_gradient() -> N
     hidden, head, targets, weights = (x.astype(jnp.float32) for x in _inputs(64))
 
     def total(hidden: jax.Array) -> jax.Array:
-        return token_losses(hidden, head, targets=targets.astype(int), weights=0 * weights, train_head=True).total
+        return token_losses(
+            hidden, head, targets=targets.astype(int), weights=0 * weights, train_head=True, vocab_size=64
+        ).total
 
     value, gradient = jax.value_and_grad(total)(hidden)
     assert value == 0 and not np.any(gradient)
@@ -93,7 +97,9 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
     )
 
     def total(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        return token_losses(hidden, head, targets=targets, weights=weights, train_head=True, chunk=256).total
+        return token_losses(
+            hidden, head, targets=targets, weights=weights, train_head=True, vocab_size=V, chunk=256
+        ).total
 
     compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden, head, targets, weights).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 512 * V * 4 / 3

@@ -20,6 +20,7 @@ from jaxtune.models.decoder_config import StackedLayer
 from jaxtune.models.family import Family, Weight
 from jaxtune.models.layers import LoRAParam
 from jaxtune.models.registry import family_of
+from jaxtune.sharding import own_shape
 
 Path = tuple[Any, ...]
 
@@ -95,17 +96,20 @@ def table_of(folder: HFFolder) -> tuple[Family, dict[str, Place]]:
     return family, name_table(family, family.read_config(folder.config), folder.tensors)
 
 
-def leaf_shape(place: Place, leaf: Any) -> tuple[int, ...]:
+def leaf_shape(place: Place, variable: nnx.Variable) -> tuple[int, ...]:
     """Returns the shape that the checkpoint must have for a place, from the parameter's own declaration."""
-    shape = tuple(leaf.shape)[len(place.index) :]
+    shape = own_shape(variable)[len(place.index) :]
     return shape[::-1] if place.transpose else shape
+
+
+def variables_of(state: nnx.State) -> dict[Path, Any]:
+    """Returns path -> variable of the state's parameters, adapters left out."""
+    return {path: variable for path, variable in nnx.to_flat_state(state) if not isinstance(variable, LoRAParam)}
 
 
 def leaves_of(state: nnx.State) -> dict[Path, Any]:
     """Returns path -> value (array, ShapeDtypeStruct or sharding) of the state's parameters, adapters left out."""
-    return {
-        path: variable.get_value() for path, variable in nnx.to_flat_state(state) if not isinstance(variable, LoRAParam)
-    }
+    return {path: variable.get_value() for path, variable in variables_of(state).items()}
 
 
 def file_dtypes(folder: HFFolder) -> Callable[[Path], Any]:
@@ -141,24 +145,26 @@ def load_params(
         ValueError: tensors that are missing, not expected, or of a wrong shape; all of them in one message.
     """
     family, table = table_of(folder)
-    leaves = leaves_of(abstract_state)
-    _check_tensors(folder, family, table, leaves)
+    variables = variables_of(abstract_state)
+    _check_tensors(folder, family, table, variables)
     where = leaves_of(shardings) if shardings is not None else {}
     default = placement.default_sharding()
     arrays: dict[Path, jax.Array] = {}
-    wanted = [info for info in folder.tensors.values() if _is_read(table.get(info.name), leaves)]
+    wanted = [info for info in folder.tensors.values() if _is_read(table.get(info.name), variables)]
     # Largest first, while most room is left: resharding holds a few copies of one tensor for a moment.
     wanted.sort(key=lambda info: info.start - info.stop)
     total, done = sum(info.stop - info.start for info in wanted), 0
     for info in wanted:
         place = table[info.name]
-        leaf, sharding = leaves[place.path], where.get(place.path, default)
+        leaf, sharding = variables[place.path].get_value(), where.get(place.path, default)
         dtype = dtype_of(place.path) if dtype_of is not None else leaf.dtype
 
         def read(start: int, stop: int, name: str = info.name) -> np.ndarray:
             return folder.read_rows(name, start, stop)
 
-        rows = placement.row_sharded(read, info.shape, DTYPES[info.dtype], sharding)
+        held = tuple(leaf.shape[len(place.index) :])
+        held = held[::-1] if place.transpose else held
+        rows = placement.row_sharded(read, info.shape, DTYPES[info.dtype], sharding, held=held[0] if held else None)
         if not place.index:
             array = placement.put(rows, transpose=place.transpose, dtype=dtype, sharding=sharding)
         else:
@@ -172,27 +178,22 @@ def load_params(
         done += info.stop - info.start
         if progress is not None:
             progress(done, total)
-    filled = [
-        (path, variable.replace(arrays[path]))
-        for path, variable in nnx.to_flat_state(abstract_state)
-        if not isinstance(variable, LoRAParam)
-    ]
-    return nnx.from_flat_state(filled)
+    return nnx.from_flat_state([(path, variable.replace(arrays[path])) for path, variable in variables.items()])
 
 
-def _is_read(place: Place | None, leaves: dict[Path, Any]) -> bool:
-    """Whether a tensor is read into one of these leaves: not one without a place, a second copy or another's."""
-    return place is not None and not place.optional and place.path in leaves
+def _is_read(place: Place | None, variables: dict[Path, Any]) -> bool:
+    """Whether a tensor is read into one of these variables: not one without a place, a second copy or another's."""
+    return place is not None and not place.optional and place.path in variables
 
 
-def _check_tensors(folder: HFFolder, family: Family, table: dict[str, Place], leaves: dict[Path, Any]) -> None:
+def _check_tensors(folder: HFFolder, family: Family, table: dict[str, Place], variables: dict[Path, Any]) -> None:
     """Raises one ValueError that lists every tensor missing, not expected or of a wrong shape."""
     problems = []
     for name, place in table.items():
-        if not _is_read(place, leaves):
+        if not _is_read(place, variables):
             continue
         info = folder.tensors.get(name)
-        expected = leaf_shape(place, leaves[place.path])
+        expected = leaf_shape(place, variables[place.path])
         if info is None:
             problems.append(f"{name}: missing; expected shape {list(expected)}")
         elif info.shape != expected:
@@ -275,12 +276,15 @@ def _export_tensor(
     if name not in table:
         return np.ascontiguousarray(base.read_rows(name))
     place = table[name]
-    leaf = variables[place.path].get_value()
+    variable = variables[place.path]
     update = None
     lora_a, lora_b = (variables.get((*place.path[:-1], slot)) for slot in ("lora_a", "lora_b"))
     if place.path[-1] == "kernel" and lora_a is not None and lora_b is not None:
         update = (lora_a.get_value(), lora_b.get_value(), lora_a.get_metadata()["scale"])
-    array = placement.take(leaf, place.index, transpose=place.transpose, dtype=DTYPES[dtype], update=update)
+    array = placement.take(
+        variable.get_value(), place.index, transpose=place.transpose, dtype=DTYPES[dtype], update=update
+    )
+    array = array[: leaf_shape(place, variable)[0]]  # without the padding of a vocabulary
     if name in base.tensors and array.shape != base.tensors[name].shape:
         raise ValueError(f"{name}: has shape {list(array.shape)} here, {list(base.tensors[name].shape)} in the base")
     return np.ascontiguousarray(array)
@@ -292,8 +296,8 @@ def _new_header(table: dict[str, Place], variables: dict[Path, Any]) -> bytes:
     for name, place in table.items():
         if place.optional:
             continue
-        leaf = variables[place.path].get_value()
-        dtype, shape = np.dtype(leaf.dtype), leaf_shape(place, leaf)
+        variable = variables[place.path]
+        dtype, shape = np.dtype(variable.get_value().dtype), leaf_shape(place, variable)
         stop = at + int(np.prod(shape)) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
         at = stop

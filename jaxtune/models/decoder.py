@@ -254,7 +254,7 @@ class Decoder(nnx.Module):
     def head(self) -> Head:
         """Returns the head, its kernel the transposed embedding where they are tied, in its own dtype."""
         kernel = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        return Head(kernel, self.config.logit_scale, self.config.final_softcap)
+        return Head(kernel, self.config.vocab_size, self.config.logit_scale, self.config.final_softcap)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden states `[B T D]` to logits `[B T V]`, float32 at least; for generation and tests."""

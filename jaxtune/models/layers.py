@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtune import sharding
+
 Axes = tuple[str | None, ...]
+
+
+def parameter(value: jax.Array, axes: Axes) -> nnx.Param:
+    """Declares a parameter; along `vocab` it is held with zeros behind its own rows, and says how many are its own."""
+    if "vocab" not in axes:
+        return nnx.Param(value, axes=axes)
+    size = value.shape[axes.index("vocab")]
+    pads = [(0, -size % sharding.VOCAB_MULTIPLE if axis == "vocab" else 0) for axis in axes]
+    return nnx.Param(jnp.pad(value, pads), axes=axes, vocab_size=size)
 
 
 class LoRAParam(nnx.Param):
@@ -47,7 +58,7 @@ class Linear(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
     ):
         self.name = name  # what targets of an adapter call it
-        self.kernel = nnx.Param(draw_normal(key, (in_size, out_size), std, param_dtype), axes=axes)
+        self.kernel = parameter(draw_normal(key, (in_size, out_size), std, param_dtype), axes)
         self.bias = nnx.Param(jnp.zeros((out_size,), param_dtype), axes=(axes[1],)) if bias else None
         self.lora_a: LoRAParam | None = nnx.data(None)
         self.lora_b: LoRAParam | None = nnx.data(None)
@@ -124,7 +135,7 @@ class Embedding(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
         axes: Axes = ("vocab", "embed"),
     ):
-        self.embedding = nnx.Param(draw_normal(key, (vocab_size, width), std, param_dtype), axes=axes)
+        self.embedding = parameter(draw_normal(key, (vocab_size, width), std, param_dtype), axes)
 
     def __call__(self, tokens: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Maps tokens `[B T]` to `[B T D]`."""
@@ -132,9 +143,13 @@ class Embedding(nnx.Module):
 
 
 class Head(NamedTuple):
-    """How hidden states become logits: `scale * hidden @ kernel`, then cut off softly at `softcap`."""
+    """How hidden states become logits: `scale * hidden @ kernel`, then cut off softly at `softcap`.
 
-    kernel: jax.Array  # [D V]
+    The kernel is `[D P]`: its first V = `vocab_size` columns are the vocabulary, those behind it padding.
+    """
+
+    kernel: jax.Array
+    vocab_size: int
     scale: float
     softcap: float | None
 
@@ -143,6 +158,7 @@ def head_logits(hidden: jax.Array, head: Head) -> jax.Array:
     """Maps `[... D]` to logits `[... V]`, float32 at least."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("...D,DV->...V", hidden, head.kernel.astype(hidden.dtype), preferred_element_type=wide)
+    logits = logits[..., : head.vocab_size]
     logits = logits if head.scale == 1 else logits * head.scale
     return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
 

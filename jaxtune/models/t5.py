@@ -156,7 +156,7 @@ class T5(nnx.Module):
     def head(self) -> Head:
         """Returns how hidden states become logits; the kernel is in its own dtype."""
         kernel = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        return Head(kernel, self.config.head_scale, None)
+        return Head(kernel, self.config.vocab_size, self.config.head_scale, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden states `[B T D]` to logits `[B T V]`, float32 at least; for generation and tests."""
