@@ -60,6 +60,17 @@ def open_file(path: str, mode: str = "rb") -> IO[Any]:
         raise ValueError(f"{path}: {error}; install the package that reads this store (gcsfs for gs://)") from error
 
 
+def file_system(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path in it.
+
+    Raises ValueError where the store's package (gcsfs, s3fs) is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(path if is_url(path) else os.path.abspath(path))
+    except ImportError as error:
+        raise ValueError(f"{path}: {error}; install the package of this store (gcsfs for gs://)") from error
+
+
 def resolve_folder(path: str, revision: str | None = None) -> str:
     """The folder that a model's path means: local, `builtin:NAME`, or a hub id fetched into the hub's cache.
 

@@ -1,21 +1,12 @@
 """The folder of a run: who may write it, and whether a new run may go on from what it holds."""
 
-import contextlib
-import fcntl
-import json
-import os
 import pathlib
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from jaxtune.config import Config
 from jaxtune.decode import ConfigError, from_tree, read_yaml, to_yaml
-
-HEARTBEAT_SECONDS = 20.0
-DEAD_AFTER_SECONDS = 180.0  # nine missed heartbeats: a host that still breathes writes one in this time
+from jaxtune.run_lock import RunLock
 
 # What may differ between a run and its continuation: how long, how it is watched, and how (not what) is computed.
 MAY_CHANGE = (
@@ -56,29 +47,20 @@ class RunFolder:
                 "s3fs, a Drive) and give the path where it is mounted, or copy the folder when the run has ended"
             )
         self.path = pathlib.Path(path).expanduser()
-        self._say = say
-        self._stop = threading.Event()
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "start": _process_start(os.getpid())}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_what_is_no_run()
-            self._take_lock()
+            self._lock = RunLock(str(self.path), say=say)
         except OSError as error:
             raise ValueError(f"output: {path} cannot be written ({error}); expected a folder of its own") from None
-        self._pulse = threading.Thread(target=self._beat, daemon=True, name="run-folder-heartbeat")
-        self._pulse.start()
-
-    @property
-    def lock(self) -> pathlib.Path:
-        """The lock file: JSON with host, pid, start and heartbeat (seconds since the epoch)."""
-        return self.path / ".lock"
 
     def release(self) -> None:
         """Gives the folder up."""
-        self._stop.set()
-        self._pulse.join(timeout=5)
-        if self._is_ours():
-            self.lock.unlink(missing_ok=True)
+        self._lock.release()
+
+    def check_lock(self) -> None:
+        """Raises ValueError when another run has taken the folder over; call it before what that would destroy."""
+        self._lock.check()
 
     def _refuse_what_is_no_run(self) -> None:
         if (self.path / "config.yaml").exists():
@@ -89,50 +71,6 @@ class RunFolder:
                 f"output: {self.path} holds {', '.join(found[:3])} but no run (config.yaml), and a run would write "
                 "over what is there; expected a folder of its own. Give another output="
             )
-
-    def _take_lock(self) -> None:
-        with self._one_at_a_time():
-            if self.lock.exists():
-                holder = self._holder()
-                if _is_alive(holder):
-                    raise ValueError(
-                        f"output: {self.path} is being written by another run (host {holder.get('host')}, process "
-                        f"{holder.get('pid')}, last seen {time.time() - holder.get('heartbeat', 0):.0f} s ago); "
-                        "expected a folder of its own for each run. Stop that run, or give another output=."
-                    )
-                told = f"host {holder['host']}, process {holder['pid']}" if holder else "its lock is empty"
-                self._say(f"taking over {self.path} from a run that ended without a word ({told})")
-            self._write_lock()
-
-    @contextlib.contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        """Keeps others from looking at the lock and replacing it; the system lets go of it when a process dies."""
-        with (self.path / ".lock.guard").open("w") as guard:
-            with contextlib.suppress(OSError):  # a file system without flock: the look and the change may then race
-                fcntl.flock(guard, fcntl.LOCK_EX)
-            yield
-
-    def _write_lock(self) -> None:
-        aside = self.path / ".lock.beat"
-        aside.write_text(json.dumps({**self._me, "heartbeat": time.time()}))
-        aside.replace(self.lock)
-
-    def _holder(self) -> dict[str, Any]:
-        try:
-            holder = json.loads(self.lock.read_text())
-        except (ValueError, FileNotFoundError):
-            return {}
-        return holder if isinstance(holder, dict) and {"host", "pid"} <= set(holder) else {}
-
-    def _is_ours(self) -> bool:
-        holder = self._holder()
-        return all(holder.get(key) == value for key, value in self._me.items())
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError), self._one_at_a_time():  # a full disk may have room again next time
-                if self._is_ours():
-                    self._write_lock()
 
     def check_resume(self, config: Config, *, has_saved: bool) -> None:
         """Raises ValueError unless this run may write here and, where something was saved, continues what is there.
@@ -196,24 +134,3 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
         pairs = enumerate(tree)
         return {name: leaf for key, value in pairs for name, leaf in _leaves(value, f"{prefix}{key}.").items()}
     return {prefix[:-1]: tree}
-
-
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """A holder on this host is asked for; one elsewhere is judged by its heartbeat."""
-    if holder.get("host") == socket.gethostname():
-        return _process_start(holder.get("pid", -1)) == holder.get("start")
-    return time.time() - holder.get("heartbeat", 0) < DEAD_AFTER_SECONDS
-
-
-def _process_start(pid: int) -> str | None:
-    """Returns what tells a process from a later one of the same number, or None when there is no such process."""
-    stat = pathlib.Path(f"/proc/{pid}/stat")
-    if stat.exists():
-        return stat.read_text().rpartition(")")[2].split()[19]  # proc(5), field 22: start in ticks since boot
-    if pathlib.Path("/proc/self").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError, ValueError):
-        return None
-    return "alive"

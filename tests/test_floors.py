@@ -40,6 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "run_folder",
         "memory",
     ),
+    ("run_lock",),
     ("decode",),
     ("config", "config_data", "batch", "hub", "compat", "asking", "__init__"),
 )
