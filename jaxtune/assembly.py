@@ -11,7 +11,7 @@ from jaxtune import adapters
 from jaxtune.config import Config, TuningConfig
 from jaxtune.convert.folder import HFFolder
 from jaxtune.convert.hf import file_dtypes, load_params
-from jaxtune.models import t5_layers
+from jaxtune.models import grouped, t5_layers
 from jaxtune.models.attention import resolve
 from jaxtune.models.registry import family_of
 from jaxtune.sharding import create_on_mesh, parameter_shardings
@@ -108,6 +108,7 @@ def resolve_compute(config: Config, plan: ModelPlan, platform: str) -> tuple[Com
         dropout_rate=config.model.dropout,
         load_balance=_load_balance(config.tuning, plan.config),
         router_z=config.tuning.router_z,
+        grouped_matmul=grouped.resolve(platform) if getattr(plan.config, "experts", None) else None,
     )
     return compute, reason
 

@@ -74,7 +74,8 @@ class Compute(NamedTuple):
     number of parts that a batch is computed in; `train_head` says whether the unembedding is trained; `sources` is the
     number S of sources that losses are told for. `load_balance` and `router_z` are the coefficients of the losses of
     `router_loss`, each taken over a microbatch and weighted as its tokens are. `dropout_rate` is that of the model's
-    own dropout, which draws from `dropout_seed` as adapters' does.
+    own dropout, which draws from `dropout_seed` as adapters' does. `grouped_matmul` is a resolved kernel of
+    `models.grouped`, where the model has experts.
     """
 
     dtype: Any
@@ -87,6 +88,7 @@ class Compute(NamedTuple):
     load_balance: float = 0.0
     router_z: float = 0.0
     dropout_rate: float = 0.0
+    grouped_matmul: Callable | None = None
 
 
 class _Told(NamedTuple):
@@ -211,14 +213,18 @@ def _by_source(losses: TokenLosses, batch: AnyBatch, sources: int) -> SourceSums
 
 
 def _losses(model: Any, batch: AnyBatch, compute: Compute, keys: Any) -> tuple[TokenLosses, RouterSums | None]:
-    dropout = {"dropout_rate": compute.dropout_rate} if compute.dropout_rate else {}  # few models have their own
+    options: dict[str, Any] = {}  # what not every model takes
+    if compute.dropout_rate:
+        options["dropout_rate"] = compute.dropout_rate
+    if compute.grouped_matmul is not None:
+        options["grouped_matmul"] = compute.grouped_matmul
     output = model(
         *batch.inputs,
         compute_dtype=compute.dtype,
         attention=compute.attention,
         remat=compute.remat,
         dropout_keys=keys,
-        **dropout,
+        **options,
     )
     head = model.head()
     losses = token_losses(

@@ -3,7 +3,7 @@
 n tokens, k experts of each, E experts, D model width, F width of an expert, r adapter rank.
 
 Nothing is dropped and no expert has a capacity: rows are sorted by expert and multiplied group by group
-(`jax.lax.ragged_dot`). Over the mesh's `expert` axis every device holds some experts; tokens are gathered along it,
+(`models/grouped`). Over the mesh's `expert` axis every device holds some experts; tokens are gathered along it,
 each device computes what its experts have to say about all of them, and the sums are scattered back.
 """
 
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtune import sharding
 from jaxtune.models.decoder_config import DecoderConfig, ExpertsConfig
+from jaxtune.models.grouped import Matmul, collect, sort_rows, spread
 from jaxtune.models.layers import Dropout, Linear, LoRAParam, draw_normal
 from jaxtune.models.mlp import ACTIVATIONS, Mlp
 
@@ -70,17 +71,23 @@ def choose_experts(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (weights, experts) `[... k]` of tokens with these scores `[... E]`."""
     if experts.score == "top_softmax":
-        best, chosen = jax.lax.top_k(logits, experts.per_token)
-        return jax.nn.softmax(best, axis=-1), chosen
+        chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), experts.per_token)[1]
+        return jax.nn.softmax(_pick(logits, chosen), axis=-1), chosen
     scores = jax.nn.softmax(logits, axis=-1) if experts.score == "softmax" else jax.nn.sigmoid(logits)
     choice = jax.lax.stop_gradient(scores if correction is None else scores + correction)
     if experts.groups > 1:
         choice = _in_best_groups(choice, experts)
     chosen = jax.lax.top_k(choice, experts.per_token)[1]
-    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    weights = _pick(scores, chosen)
     if experts.normalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return weights * experts.scale, chosen
+
+
+def _pick(scores: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Returns the scores `[... k]` of the chosen experts; an index would have a scatter for its gradient."""
+    is_chosen = chosen[..., None] == jnp.arange(scores.shape[-1])
+    return jnp.sum(jnp.where(is_chosen, scores[..., None, :], 0), axis=-1)
 
 
 def _in_best_groups(choice: jax.Array, experts: ExpertsConfig) -> jax.Array:
@@ -144,19 +151,22 @@ class ExpertArrays(NamedTuple):
     lora_b: Any
 
 
-def _apply(arrays: ExpertArrays, rows: jax.Array, sizes: jax.Array, expert: jax.Array, *, share: float) -> jax.Array:
+def _apply(
+    arrays: ExpertArrays, rows: jax.Array, sizes: jax.Array, expert: jax.Array, *, matmul: Matmul, share: float
+) -> jax.Array:
     """Multiplies rows `[m in]`, sorted by expert, each by its own; `share` of the bias is added.
 
     Args:
-        sizes: rows of each expert, int32 `[E]`; rows after the last of them give numbers without meaning.
-        expert: of each row, int32 `[m]`.
+        sizes: as of `grouped.ragged_dot`; rows of no expert give 0.
+        expert: of each row, int32 `[m]`; E for no expert.
     """
-    y = jax.lax.ragged_dot(rows, arrays.kernel.astype(rows.dtype), sizes)
-    if arrays.bias is not None:
-        y += (arrays.bias * share).astype(rows.dtype)[expert]
+    y = matmul(rows, arrays.kernel.astype(rows.dtype), sizes)
+    if arrays.bias is not None:  # by a product: an index would have a scatter for its gradient
+        is_own = jax.nn.one_hot(expert, arrays.bias.shape[0], dtype=rows.dtype)
+        y += jnp.dot(is_own, (arrays.bias * share).astype(rows.dtype), precision=jax.lax.Precision.HIGHEST)
     if arrays.lora_a is not None:
-        low = jax.lax.ragged_dot(rows, arrays.lora_a.astype(rows.dtype), sizes)
-        y += jax.lax.ragged_dot(low, arrays.lora_b.astype(rows.dtype), sizes)
+        low = matmul(rows, arrays.lora_a.astype(rows.dtype), sizes)
+        y += matmul(low, arrays.lora_b.astype(rows.dtype), sizes)
     return y
 
 
@@ -205,7 +215,7 @@ class SparseMlp(nnx.Module):
         self.config, self.experts = config, experts
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, *, dropout: Dropout | None
+        self, x: jax.Array, segment_ids: jax.Array, *, matmul: Matmul, dropout: Dropout | None
     ) -> tuple[jax.Array, RouterSums]:
         """Maps `[B T D]` to `[B T D]`, and says what the router did; segment 0 is padding."""
         weights, chosen, logits = self.router(x)
@@ -216,7 +226,7 @@ class SparseMlp(nnx.Module):
             z=jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real),
             tokens=jnp.sum(real),
         )
-        y = self._experts(x, weights.astype(x.dtype), chosen)
+        y = self._experts(x, weights.astype(x.dtype), chosen, matmul)
         if self.experts.shared_width:
             shared = self.shared(x, dropout=dropout)
             if self.experts.shared_gate:
@@ -224,23 +234,25 @@ class SparseMlp(nnx.Module):
             y += shared
         return sharding.constrain(y, ("batch", "seq", None)), sums
 
-    def _experts(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+    def _experts(self, x: jax.Array, weights: jax.Array, chosen: jax.Array, matmul: Matmul) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
         layers = [self.gate_up_proj] if self.experts.fused else [self.gate_proj, self.up_proj]
         layers.append(self.down_proj)
         arrays = [layer.arrays() for layer in layers]
         if mesh.empty or math.prod(mesh.shape.values()) == 1:
-            return self._of_tokens(x, weights, chosen, arrays, experts=self.experts.count, first=0, share=1.0)
+            return self._of_tokens(x, weights, chosen, arrays, matmul, first=None, share=1.0)
         specs = tuple(layer.specs(mesh) for layer in layers)
         tokens = sharding.activation_spec(("batch", "seq", None), x.shape, mesh)
 
         def on_device(x: jax.Array, weights: jax.Array, chosen: jax.Array, *arrays: ExpertArrays) -> jax.Array:
-            return self._on_device(x, weights, chosen, arrays, specs, mesh)
+            return self._on_device(x, weights, chosen, arrays, matmul, specs, mesh)
 
         run = jax.shard_map(on_device, in_specs=(tokens, tokens, tokens, *specs), out_specs=tokens, check_vma=False)
         return run(x, weights, chosen, *arrays)
 
-    def _on_device(self, x: Any, weights: Any, chosen: Any, arrays: Any, specs: Any, mesh: Any) -> jax.Array:
+    def _on_device(
+        self, x: Any, weights: Any, chosen: Any, arrays: Any, matmul: Matmul, specs: Any, mesh: Any
+    ) -> jax.Array:
         """Computes one device's part: its experts on the tokens of its whole expert group."""
         arrays = [
             ExpertArrays(*(_whole(a, s, "fsdp") for a, s in zip(layer, spec, strict=True)))
@@ -256,8 +268,8 @@ class SparseMlp(nnx.Module):
             weights,
             chosen,
             arrays,
-            experts=count,
-            first=jax.lax.axis_index("expert") * count if is_split else 0,
+            matmul,
+            first=jax.lax.axis_index("expert") * count if is_split else None,
             share=1.0 / mesh.shape["tensor"] if over_tensor else 1.0,
         )
         if over_tensor:
@@ -265,22 +277,25 @@ class SparseMlp(nnx.Module):
         return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True) if is_split else y
 
     def _of_tokens(
-        self, x: Any, weights: Any, chosen: Any, arrays: Any, *, experts: int, first: Any, share: float
+        self, x: Any, weights: Any, chosen: Any, arrays: Any, matmul: Matmul, *, first: Any, share: float
     ) -> jax.Array:
-        """Returns `[B T D]`, the weighted sum of what `experts` experts from number `first` on say of each token."""
-        k = chosen.shape[-1]
-        local = chosen.reshape(-1) - first
-        is_here = (local >= 0) & (local < experts)
-        local = jnp.where(is_here, local, experts)
-        order = jnp.argsort(local, stable=True)
-        expert, token = local[order], order // k
-        sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
-        rows = x.reshape(-1, x.shape[-1])[token]
-        apply = partial(_apply, sizes=sizes, expert=jnp.minimum(expert, experts - 1))
+        """Returns `[B T D]`, the weighted sum of what the experts of `arrays` say of each token.
+
+        Args:
+            first: the number of the first of them, or None where they are all.
+        """
+        k, count = chosen.shape[-1], arrays[-1].kernel.shape[0]
+        local = chosen.reshape(-1)
+        if first is not None:
+            local = local - first
+            local = jnp.where((local >= 0) & (local < count), local, count)
+        order, place, expert, sizes = sort_rows(local, count=count)
+        rows = spread(x.reshape(-1, x.shape[-1]), order, place, k)
+        sizes = sizes[:count] if first is None else sizes
+        apply = partial(_apply, sizes=sizes, expert=expert, matmul=matmul)
         hidden = self._unit([apply(layer, rows, share=1.0) for layer in arrays[:-1]])
-        y = apply(arrays[-1], hidden, share=share)
-        y = jnp.where((expert < experts)[:, None], y * weights.reshape(-1)[order][:, None], 0)
-        return jnp.zeros((x.shape[0] * x.shape[1], y.shape[-1]), y.dtype).at[token].add(y).reshape(*x.shape[:2], -1)
+        y = apply(arrays[-1], hidden, share=share) * spread(weights.reshape(-1, 1), order, place, 1)
+        return collect(y, order, place, k).reshape(*x.shape[:2], -1)
 
     def _unit(self, parts: list[jax.Array]) -> jax.Array:
         """Joins gate and up, `[m F]` each or alternating in one `[m 2F]`."""
