@@ -1,23 +1,27 @@
 """Saving and restoring a run: Orbax writes the arrays, a manifest of hashes says whether they are still intact.
 
 A checkpoint is OUTPUT/checkpoints/STEP with the items `state` (arrays) and `run` (JSON: data state, configuration,
-metrics) and, once Orbax has committed both, `jaxtune_manifest.json`: size and SHA-256 of every file, and its own. A
-folder without it was never finished; a folder that does not match it was damaged (Orbax itself restores flipped bits
-silently). Neither is restored, and what is passed over is said.
+metrics) and, once Orbax has committed both, a manifest (`manifest.py`; Orbax itself restores flipped bits silently).
+A folder without one, or that does not match it, is not restored, and what is passed over is said.
+
+All hosts of a run call everything here, in the same order; host 0 decides what there is and removes what is too old.
 """
 
 import concurrent.futures
-import hashlib
 import json
 import logging
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-MANIFEST = "jaxtune_manifest.json"
-CUT_OFF = "it has no manifest, so the save was cut off"
+from jaxtune import hosts, hub
+from jaxtune.manifest import CUT_OFF, MANIFEST, Share, check_manifest, read_manifest, write_manifest, write_share
+
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
 
 
 class Restored(NamedTuple):
@@ -28,89 +32,215 @@ class Restored(NamedTuple):
     run: dict[str, Any]
 
 
+class Patience(NamedTuple):
+    """How often a save that failed is tried again, the seconds before the first time (then twice as long each time),
+    and the seconds after which a save that is not done has failed."""
+
+    retries: int = 0
+    retry_seconds: float = 0.0
+    save_seconds: int = 1200
+
+
 class Checkpoints:
     """The checkpoints of one run: asynchronous saves, the newest `keep` kept, and the best by held-out loss."""
 
-    def __init__(self, folder: str, *, keep: int) -> None:
-        """Opens (and makes) `folder`, a local path or a gs:// URL."""
+    def __init__(
+        self, folder: str, *, keep: int, patience: Patience | None = None, say: Callable[[str], None] = print
+    ) -> None:
+        """Opens (and makes) `folder`, a local path or a gs:// URL; what another process left unfinished goes."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save in a dozen lines
-        self.folder = epath.Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._keep = keep
-        options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options, item_handlers=handlers)
+        self.folder = epath.Path(folder) if hub.is_url(folder) else epath.Path(folder).resolve()
+        self._keep, self._patience, self._say = keep, patience or Patience(), say
+        with hosts.together():
+            if hosts.index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_unfinished()
+        items = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        handler = ocp.CompositeCheckpointHandler(**items)
+        self._writer = ocp.AsyncCheckpointer(handler, timeout_secs=self._patience.save_seconds)
         self._finisher = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="manifest")
-        self._finishing: concurrent.futures.Future | None = None
+        self._finishing: tuple[int, concurrent.futures.Future] | None = None
         self._passed_over: set[int] = set()
 
-    def save(self, step: int, state: Any, *, run: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, *, run: dict[str, Any], wait: bool = False) -> None:
         """Starts saving; returns when the arrays are copied to host memory and training may go on.
+
+        A save that failed meanwhile is told, and this one is waited for. What fails then is tried again with pauses;
+        the checkpoints before it stay as they are all the time.
 
         Args:
             step: number of the last update done.
             state: tree of arrays.
             run: JSON values; `run["eval_loss"]`, if a number, says how good the checkpoint is.
+            wait: return only when the checkpoint is on disk with its manifest.
+
+        Raises:
+            ValueError: it could not be saved, however often it was tried.
         """
-        self.wait()
-        if step in self._manager.all_steps():  # an unusable folder of the same step: its place is needed
-            self._manager.delete(step)
-        self._passed_over.discard(step)
-        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(flatten(state)), run=ocp.args.JsonSave(run))
-        self._manager.save(step, args=arguments, force=True)
-        self._finishing = self._finisher.submit(self._finish, step)
+        last = self._finishing[0] if self._finishing else step
+        failure = self._outcome()
+        if failure is not None:
+            self._say(f"warning: saving step {last} failed ({failure}); now step {step} is saved, and waited for")
+        wait |= failure is not None
+        named = flatten(state)
+        for attempt in range(self._patience.retries + 1):
+            failure = self._start(step, named, run)
+            if failure is None and (wait or attempt):
+                failure = self._outcome()
+            if failure is None:
+                return
+            if attempt < self._patience.retries:
+                pause = self._patience.retry_seconds * 2**attempt
+                self._say(f"warning: saving step {step} failed ({failure}); trying again in {pause:g} s")
+                time.sleep(pause)
+        kept = self.finished()
+        raise ValueError(
+            f"step {step} cannot be saved in {self.folder}, tried {self._patience.retries + 1} times: {failure}. "
+            + (f"Step {kept[-1]} is there and intact; m" if kept else "M")
+            + "ake room or mend the disk, and give the same command to go on from there (checkpoint.retries, "
+            "checkpoint.retry_seconds)"
+        )
+
+    def has_failed(self) -> bool:
+        """Whether the save under way has failed already, on any host."""
+        done = self._finishing is not None and self._finishing[1].done()
+        failed = done and self._finishing is not None and self._finishing[1].exception() is not None
+        return any(hosts.gather(failed))
 
     def wait(self) -> None:
-        """Waits until the save under way is on disk with its manifest; raises what went wrong with it."""
-        if self._finishing is not None:
-            self._finishing.result()
-            self._finishing = None
+        """Waits until the save under way is on disk with its manifest; raises OSError if it failed, on any host."""
+        failure = self._outcome()
+        if failure is not None:
+            raise OSError(failure)
+
+    def settle(self) -> None:
+        """Waits until the save under way has ended, well or not; one that failed is told."""
+        failure = self._outcome()
+        if failure is not None:
+            self._say(f"warning: a save failed ({failure})")
 
     def close(self) -> None:
-        """Finishes the save under way and lets go of the folder."""
-        self.wait()
+        """Ends the save under way and lets go of the folder."""
+        if self._finishing is not None:
+            concurrent.futures.wait([self._finishing[1]])
         self._finisher.shutdown()
-        self._manager.close()
+        self._writer.close()
+
+    def _start(self, step: int, named: dict[str, Any], run: dict[str, Any]) -> str | None:
+        """Starts a save; returns what went wrong at once."""
+        self._passed_over.discard(step)
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(named), run=ocp.args.JsonSave(run))
+        try:
+            if hosts.index() == 0:  # an unusable folder of the same step: its place is needed
+                self._remove_unfinished()
+                self._remove(step)
+            hosts.wait_for_all("place for a checkpoint")
+            self._writer.save(self.folder / str(step), args=arguments)
+        except Exception as error:  # Orbax and TensorStore tell a full disk in many types
+            failed: concurrent.futures.Future = concurrent.futures.Future()
+            failed.set_exception(error)
+            self._finishing = (step, failed)
+            return self._outcome() if hosts.count() == 1 else None
+        self._finishing = (step, self._finisher.submit(self._finish, step))
+        return None
+
+    def _outcome(self) -> str | None:
+        """Waits for the save under way; returns what went wrong with it, on any host."""
+        if self._finishing is None:
+            return None
+        error, self._finishing = self._finishing[1].exception(), None
+        told = hosts.gather(None if error is None else f"{type(error).__name__}: {error}")
+        failed = [host for host, message in enumerate(told) if message is not None]
+        if not failed:
+            return None
+        message = " ".join(told[failed[0]].split())[:500]
+        return message if hosts.count() == 1 else f"{hosts.names()[failed[0]]}: {message}"
 
     def _finish(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            write_manifest(self.folder / str(step))
-            self._delete_old()
+        self._writer.wait_until_finished()
+        share = Share(hosts.index(), hosts.count())
+        if share.host:
+            write_share(self.folder / str(step), share)
+            return
+        write_manifest(self.folder / str(step), share, wait_seconds=self._patience.save_seconds)
+        self._delete_old()
 
     def _delete_old(self) -> None:
-        steps = sorted(self._manager.all_steps())
+        steps = self._listed()
         usable = [step for step in steps if (self.folder / str(step) / MANIFEST).exists()]
         kept = set([step for step in usable if step not in self._passed_over][-self._keep :])
-        best = self.best_step()
+        best = self._best(steps)
         for step in steps:
             if step not in kept and step != best:
-                self._manager.delete(step)
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Removes a checkpoint, its manifest first: what is left when it is cut off is no checkpoint."""
+        folder = self.folder / str(step)
+        if folder.exists():
+            (folder / MANIFEST).unlink(missing_ok=True)
+            folder.rmtree()
+
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.iterdir():
+            if _UNFINISHED in path.name:
+                path.rmtree(missing_ok=True)
+
+    def drop_after(self, step: int) -> None:
+        """Removes the checkpoints after `step`: the run goes on from there, another way."""
+        with hosts.together():
+            if hosts.index() == 0:
+                for later in self._listed():
+                    if later > step:
+                        self._remove(later)
+
+    def _listed(self) -> list[int]:
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def steps(self) -> list[int]:
         """Returns the steps that have a folder, usable or not."""
-        return sorted(self._manager.all_steps())
+        return hosts.from_first(self._listed() if hosts.index() == 0 else None)
+
+    def finished(self) -> list[int]:
+        """Returns the steps that have a manifest and were not found damaged."""
+        found = [step for step in self._listed() if (self.folder / str(step) / MANIFEST).exists()]
+        return hosts.from_first([step for step in found if step not in self._passed_over])
 
     def best_step(self) -> int | None:
         """Returns the finished step with the lowest held-out loss, or None where none was evaluated."""
+        return hosts.from_first(self._best(self._listed()))
+
+    def best_loss(self) -> float | None:
+        """Returns the held-out loss of the best step."""
+        step = self.best_step()
+        return None if step is None else self.read_run(step).get("eval_loss")
+
+    def _best(self, steps: list[int]) -> int | None:
         losses = {}
-        for step in set(self._manager.all_steps()) - self._passed_over:
-            loss = (_read_manifest(self.folder / str(step)) or {}).get("eval_loss")
+        for step in set(steps) - self._passed_over:
+            loss = (read_manifest(self.folder / str(step)) or {}).get("eval_loss")
             if loss is not None:
                 losses[step] = loss
         return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
-    def newest_usable(self, say: Any = print) -> int | None:
+    def newest_usable(self, say: Any = print, *, before: int | None = None) -> int | None:
         """Returns the newest step whose files are what was written, or None where no save was ever finished.
 
-        Says which are passed over and why.
+        Says which are passed over and why. Every host reads its share of the files, and all hear of all.
+
+        Args:
+            say: told of every checkpoint that is not usable, once.
+            before: only of the steps before this one.
 
         Raises:
             ValueError: finished checkpoints are there, and all of them are damaged; to start anew would lose the run.
         """
-        damaged = False
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            problem = check_manifest(self.folder / str(step))
+        damaged, share = False, Share(hosts.index(), hosts.count())
+        for step in reversed(self.steps()):
+            if before is not None and step >= before:
+                continue
+            told = hosts.gather(check_manifest(self.folder / str(step), share))
+            problem = next((one for one in told if one is not None), None)
             if problem is None:
                 return step
             damaged |= problem != CUT_OFF
@@ -127,10 +257,10 @@ class Checkpoints:
 
     def read_run(self, step: int) -> dict[str, Any]:
         """Returns the JSON saved with `step`, without its arrays."""
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        return json.loads((self.folder / str(step) / "run" / "metadata").read_text())
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
-        """Reads a checkpoint back onto any mesh.
+        """Reads a checkpoint back onto any mesh of any number of hosts.
 
         Args:
             step: a step that `newest_usable` returned.
@@ -140,13 +270,13 @@ class Checkpoints:
         Raises:
             ValueError: a leaf is missing or has another shape than asked for.
         """
-        wanted = flatten(abstract_state)
-        saved = self._manager.item_metadata(step)["state"]
+        wanted, folder = flatten(abstract_state), self.folder / str(step)
+        saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state")
         shapes = {name: tuple(leaf.shape) for name, leaf in dict(saved).items()}
         for name, leaf in wanted.items():
             if shapes.get(name) != tuple(leaf.shape):
                 raise ValueError(
-                    f"checkpoint {self.folder / str(step)}: {name} has shape {shapes.get(name, 'no entry')}; this run "
+                    f"checkpoint {folder}: {name} has shape {shapes.get(name, 'no entry')}; this run "
                     f"expects {tuple(leaf.shape)}. It was written by a run with another model or tuning method."
                 )
         partial = ocp.args.PyTreeRestore(
@@ -154,9 +284,10 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=True,
         )
-        items = self._manager.restore(step, args=ocp.args.Composite(state=partial, run=ocp.args.JsonRestore()))
+        items = self._writer.restore(folder, args=ocp.args.Composite(state=partial))
         leaves = [items["state"][name] for name in wanted]
-        return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), items["run"])
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return Restored(step, state, self.read_run(step))
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -166,69 +297,3 @@ def flatten(tree: Any) -> dict[str, Any]:
     if len(named) != len(paths):
         raise ValueError("two leaves of the state have the same name")
     return named
-
-
-def write_manifest(folder: epath.Path) -> None:
-    """Writes size and SHA-256 of every file of a committed checkpoint, aside and then in place."""
-    run_file = folder / "run" / "metadata"
-    run = json.loads(run_file.read_text()) if run_file.exists() else {}
-    manifest = {"files": {name: _fingerprint(path) for name, path in _files(folder)}, "eval_loss": run.get("eval_loss")}
-    aside = folder / f"{MANIFEST}.tmp"
-    aside.write_text(json.dumps({**manifest, "sha256": _digest_of(manifest)}, indent=1, sort_keys=True))
-    aside.rename(folder / MANIFEST)
-
-
-def check_manifest(folder: epath.Path) -> str | None:
-    """Returns what is wrong with a checkpoint folder, or None when every file is what was written."""
-    if not (folder / MANIFEST).exists():
-        return CUT_OFF
-    manifest = _read_manifest(folder)
-    if manifest is None:
-        return "its manifest cannot be read"
-    expected = manifest["files"]
-    found = dict(_files(folder))
-    for name, want in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        have = _fingerprint(found[name])
-        if have["bytes"] != want["bytes"]:
-            return f"{name} has {have['bytes']} bytes instead of {want['bytes']}"
-        if have["sha256"] != want["sha256"]:
-            return f"{name} has changed since it was written (its SHA-256 differs)"
-    return None
-
-
-def _read_manifest(folder: epath.Path) -> dict[str, Any] | None:
-    """Returns what the manifest says; None where there is none, or it is not as it was written."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return None
-    try:
-        content = json.loads(manifest.read_bytes())
-        digest = content.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return content if digest == _digest_of(content) else None
-
-
-def _digest_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _files(folder: epath.Path) -> list[tuple[str, epath.Path]]:
-    found: list[tuple[str, epath.Path]] = []
-    for path in folder.iterdir():
-        if path.is_dir():
-            found += [(f"{path.name}/{name}", inner) for name, inner in _files(path)]
-        elif not path.name.startswith(MANIFEST):
-            found.append((path.name, path))
-    return sorted(found)
-
-
-def _fingerprint(path: epath.Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}

@@ -88,6 +88,20 @@ class TrainConfig(Section):
     )
     max_bad_steps: Positive = Field(5, description="stop after so many updates in a row with a NaN or infinity")
     preempted_exit_code: Annotated[int, Field(ge=1, le=255)] = 143
+    hang_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="no update, evaluated batch or save in so many seconds: tell where every thread stands and end "
+        "with exit code 1, to be started again; give more than the longest of them takes",
+    )
+    spike_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="an update whose loss or gradient norm lies more than so many deviations above the running mean is "
+        "not applied, e.g. 6",
+    )
+    spike_patience: Positive = Field(
+        3, description="with spike_factor: so many updates in a row not applied, and the run goes back to a checkpoint"
+    )
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="stop instead of going back once more")
 
 
 class MeshConfig(Section):
@@ -109,6 +123,11 @@ class CheckpointConfig(Section):
     )
     keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
     resume: Literal["auto", "never"] = Field("auto", description="auto goes on where the folder's run stopped")
+    retries: Annotated[int, Field(ge=0)] = Field(5, description="how often a save that failed is tried again")
+    retry_seconds: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="pause before the first of them; each next one is twice as long"
+    )
+    save_seconds: Positive = Field(1800, description="a save that is not done by then has failed")
 
 
 class EvalConfig(Section):
@@ -123,6 +142,9 @@ class LogConfig(Section):
 
     every_steps: Positive = 10
     tensorboard: bool = True
+    examples: bool = Field(
+        False, description="OUTPUT/examples.jsonl: which examples (source, row, epoch) stood in each row of each update"
+    )
     wandb: str | None = Field(None, description="Weights & Biases project; nothing is sent without it")
 
 

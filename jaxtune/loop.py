@@ -1,24 +1,25 @@
 """The loop over updates: feed, watch, evaluate, save, and stop when told to."""
 
-import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxtune import agreement, hosts
 from jaxtune.batch import AnyBatch, HostBatch
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.data.stream import Stream
+from jaxtune.faults import Watchdog, stopping
+from jaxtune.feeding import Feed
 from jaxtune.memory import memory_explained
-from jaxtune.metrics import PEAK_FLOPS, Meter, MetricsLog, SourceLosses, Terminal, memory_bytes
-from jaxtune.optimizer import make_schedule
-from jaxtune.sharding import batch_sharding
-from jaxtune.step import EvalSums, StepMetrics, TrainState
+from jaxtune.metrics import MetricsLog, SourceLosses, Terminal
+from jaxtune.rollbacks import Rollbacks
+from jaxtune.step import EvalSums, TrainState
+from jaxtune.watching import Done, Watcher
 
 
 class Outcome(NamedTuple):
@@ -30,14 +31,6 @@ class Outcome(NamedTuple):
     exit_code: int
     tokens: int = 0
     seconds: float = 0.0
-
-
-class Done(NamedTuple):
-    """An update on its way: its number, its batch (for the names of its examples) and its numbers to be."""
-
-    step: int
-    batch: HostBatch
-    metrics: StepMetrics
 
 
 def choose_eval_interval(config: Config, steps: int) -> int:
@@ -58,9 +51,11 @@ class Loop:
     checkpoints: Checkpoints
     log: MetricsLog
     terminal: Terminal
+    watchdog: Watchdog
     mesh: Any
     flops_per_token: float
     base_fingerprint: str
+    rollbacks: Rollbacks
 
     def run(
         self,
@@ -85,145 +80,113 @@ class Loop:
         Raises:
             ValueError: too many updates in a row had a NaN or infinity; names the examples of the last one's batch.
         """
-        self._schedule = make_schedule(self.config, self.steps)
-        self._meter, self._skipped, self._best = Meter(), 0, best
-        self._sources = SourceLosses(self.stream.source_names, self.stream.source_tags)
-        self._seen = [0] * len(self.stream.source_names) if seen is None else list(seen)
-        self._eval_loss: float | None = None
-        self._needs = self.train_step.memory_analysis()
-        self._evaluated = -1  # the update after which that loss was
-        self._saved_step = start
-        every_eval = choose_eval_interval(self.config, self.steps)
-        began, tokens, step, loss = time.perf_counter(), 0, start, None
+        self._start(start, best, seen)
+        began, step, stops = time.perf_counter(), start, False
         done: Done | None = None
         runs_ahead = self.mesh.devices.flat[0].platform != "cpu"
-        batches = self.stream.batches(data_state)
-        with self.terminal.bar(self.steps, done=start) as bar, _signals() as caught:
-            for step in range(start + 1, self.steps + 1):
+        batches = self._feed.batches(data_state)
+        with self.terminal.bar(self.steps, done=start) as self._bar, stopping() as stop, self.watchdog:
+            while step < self.steps and not stops:
+                step += 1
                 waiting = time.perf_counter()
-                phase = len(data_state.get("phases", ()))
-                batch, data_state = next(batches)
-                if len(data_state.get("phases", ())) > phase:
-                    self._tell_phase(step, data_state["phases"])
+                batch, data_state = self._next(step, batches, data_state)
                 waited = time.perf_counter() - waiting
+                if step == start + 1:
+                    agreement.check_first_batch(self._feed, batch)
                 with memory_explained(self.config, self._needs):
                     state, metrics = self.train_step(state, frozen, self._put(batch))
-                    if done is not None:
-                        loss = self._watch(done, bar)
-                done = Done(step, batch, metrics)
-                for row in batch.examples:
-                    for example in row:
-                        self._seen[example.source] += 1
-                real = int(batch.arrays.token_count)
-                trained = int((batch.arrays.loss_weights > 0).sum())
-                tokens += real
-                self._meter.count(tokens_all=batch.arrays.room, tokens=real, trained_tokens=trained, waited=waited)
+                    self._read(done)
+                done = Done(step, batch, metrics, waited)
                 if not runs_ahead:
-                    loss, done = self._watch(done, bar), None
-                evaluates = self.eval_step is not None and (step % every_eval == 0 or step == self.steps)
-                every = self.config.checkpoint.every_steps
-                saves = bool(every and step % every == 0)
-                if evaluates or saves or step == self.steps or caught:
-                    if done is not None:
-                        with memory_explained(self.config, self._needs):
-                            loss, done = self._watch(done, bar), None
-                    if evaluates and not caught:
-                        saves |= self._evaluate(step, state, frozen)
-                    if saves or step == self.steps or caught:
-                        self._save(step, state, data_state)
-                if caught:
-                    break
-        self.checkpoints.wait()
-        exit_code = 0
-        if caught and step < self.steps:
-            exit_code = self.config.train.preempted_exit_code if caught[0] == signal.SIGTERM else 130
-        return state, Outcome(step, loss, self._eval_loss, exit_code, tokens, time.perf_counter() - began)
+                    self._read(done)
+                    done = None
+                if self._goes_back:
+                    state, step = self._go_back(state, data_state)
+                    done = None
+                    continue
+                stops = stop.asked()
+                evaluates = not stops and self._is_time_to_evaluate(step)
+                saves = stops or self._is_time_to_save(step)
+                if evaluates or saves or self._save_has_failed(step):
+                    with memory_explained(self.config, self._needs):
+                        self._read(done)
+                    done = None
+                    saves |= evaluates and self._evaluate(step, state, frozen)
+                    if saves or self._save_is_due:
+                        self._save(step, state, data_state, wait=stops or step == self.steps)
+                self.watchdog.beat()
+            exit_code = stop.exit_code(self.config.train.preempted_exit_code) if stops and step < self.steps else 0
+        seconds = time.perf_counter() - began
+        return state, Outcome(step, self._watcher.loss, self._eval_loss, exit_code, self._watcher.tokens, seconds)
 
-    def _tell_phase(self, step: int, ends: list[int]) -> None:
-        """Records where a phase of the mixture that ends after steps or tokens has ended."""
-        self.log.write(step, phase=len(ends), phase_first_draw=ends[-1])
-        self.terminal.say(f"step {step}: phase {len(ends) + 1} of the mixture begins with draw {ends[-1]:,}")
+    def _start(self, start: int, best: float | None, seen: Sequence[int] | None) -> None:
+        self._feed = Feed(self.stream, self.mesh)
+        self._eval_feed = Feed(self.eval_stream, self.mesh) if self.eval_stream is not None else None
+        self._watcher = Watcher(
+            self.config,
+            self._feed,
+            self.log,
+            self.terminal,
+            steps=self.steps,
+            mesh=self.mesh,
+            flops_per_token=self.flops_per_token,
+            seen=[0] * len(self.stream.source_names) if seen is None else list(seen),
+        )
+        self._best = best
+        self._eval_loss: float | None = None
+        self._evaluated = -1  # the update after which that loss was
+        self._needs = self.train_step.memory_analysis()
+        self._save_is_due = False
+        self._goes_back: tuple[int, int] | None = None  # from this update to before that one
+
+    def _next(self, step: int, batches: Any, before: dict) -> tuple[HostBatch, dict]:
+        batch, after = next(batches)
+        if len(after.get("phases", ())) > len(before.get("phases", ())):
+            self._watcher.tell_phase(step, after["phases"])
+        return batch, after
 
     def _put(self, batch: HostBatch) -> AnyBatch:
-        return jax.device_put(batch.arrays, batch_sharding(self.mesh))
+        return self._feed.put(batch)
 
-    def _watch(self, done: Done, bar: Any) -> float:
-        """Reads an update's numbers, logs them when it is time, and stops a run that has gone wrong."""
-        metrics = _on_host(done.metrics)
-        if metrics.finite:
-            self._sources.add(metrics.sources)
-        if not metrics.finite:
-            self._skipped += 1
-            self.terminal.warn(
-                f"step {done.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; the update is not applied"
-            )
-            if metrics.bad_steps >= self.config.train.max_bad_steps:
-                raise ValueError(
-                    f"step {done.step}: the last {metrics.bad_steps} updates in a row had a NaN or infinity in loss or "
-                    "gradient, so the run stops (train.max_bad_steps). Lower optimizer.learning_rate, or look at the "
-                    f"examples of this batch:\n{self._names(done.batch)}"
-                )
-        bar.advance(done.step)
-        if done.step == 1 or done.step % self.config.log.every_steps == 0 or done.step == self.steps:
-            self._report(done.step, metrics, bar)
-        return metrics.loss
+    def _read(self, done: Done | None) -> None:
+        """Reads and tells the numbers of an update on its way, if there is one."""
+        if done is not None:
+            metrics = self._watcher.watch(done, self._bar)
+            train = self.config.train
+            if train.spike_factor is not None and metrics.spikes >= train.spike_patience:
+                self._goes_back = done.step, done.step - metrics.spikes
 
-    def _report(self, step: int, metrics: StepMetrics, bar: Any) -> None:
-        kind = self.mesh.devices.flat[0].device_kind
-        peak = PEAK_FLOPS[kind] * self.mesh.devices.size if kind in PEAK_FLOPS else None
-        rates = self._meter.rates(flops_per_token=self.flops_per_token, peak_flops=peak)
-        learning_rate = float(self._schedule(step - 1))
-        sources, tags = self._sources.take()
-        self._tell_realised(sources)
-        self.log.write(
-            step,
-            loss=metrics.loss,
-            learning_rate=learning_rate,
-            grad_norm=metrics.grad_norm,
-            tokens=metrics.tokens,
-            trained_tokens=metrics.trained_tokens,
-            skipped_steps=self._skipped,
-            memory_bytes=memory_bytes(self.mesh.devices.flat[0]),
-            sources=sources,
-            tags=tags,
-            **({"router": {k: float(v) for k, v in metrics.router._asdict().items()}} if metrics.router else {}),
-            **rates,
-        )
-        rate = rates["tokens_per_second"] or 0.0
-        bar.show(step, loss=metrics.loss, learning_rate=learning_rate, tokens_per_second=rate)
-        self._meter.reset()
+    def _is_time_to_evaluate(self, step: int) -> bool:
+        every = choose_eval_interval(self.config, self.steps)
+        return self.eval_step is not None and (step % every == 0 or step == self.steps)
 
-    def _tell_realised(self, sources: dict[str, Any] | None) -> None:
-        """Adds what has come of the plan so far: each source's share of all examples, and its epochs."""
-        if sources is None or self.stream.plan is None:
-            return
-        total = max(1, sum(self._seen))
-        for leaf, seen in zip(self.stream.plan.leaves, self._seen, strict=True):
-            if leaf.name in sources:
-                sources[leaf.name] |= {"share": seen / total, "epochs": seen / max(1, leaf.examples)}
+    def _is_time_to_save(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return step == self.steps or bool(every and step % every == 0)
 
-    def _names(self, batch: HostBatch) -> str:
-        """Returns file and line of the examples in a batch, 20 of them at most."""
-        ids = [example for row in batch.examples for example in row]
-        shown = [f"  {self.stream.maker.readers[i.source].source.where(i.row)}" for i in ids[:20]]
-        return "\n".join(shown + ([f"  … and {len(ids) - 20} more"] if len(ids) > 20 else []))
+    def _save_has_failed(self, step: int) -> bool:
+        """Whether the last save failed behind training; several hosts ask one another when they log."""
+        if hosts.count() == 1 or step % self.config.log.every_steps == 0:
+            self._save_is_due = self.checkpoints.has_failed()
+        return self._save_is_due
 
     def _evaluate(self, step: int, state: TrainState, frozen: Any) -> bool:
         """Logs held-out loss and accuracy; returns whether this state is the best so far."""
-        assert self.eval_stream is not None and self.eval_step is not None
-        limit = self.config.eval.max_batches
+        assert self._eval_feed is not None and self.eval_step is not None
+        stream, limit = self._eval_feed.stream, self.config.eval.max_batches
         sums: list[EvalSums] = []
-        for number, (batch, _) in enumerate(self.eval_stream.batches(self.eval_stream.initial_state())):
+        for number, (batch, _) in enumerate(self._eval_feed.batches(stream.initial_state())):
             if limit is not None and number >= limit:
                 break
             with memory_explained(self.config, self._needs):
-                sums.append(self.eval_step(state.trainable, frozen, self._put(batch)))
+                sums.append(self.eval_step(state.trainable, frozen, self._eval_feed.put(batch)))
+            self.watchdog.beat()
         found: list[EvalSums] = jax.device_get(sums)
         scalars = [[float(value) for value in one[:4]] for one in found]
         loss_sum, weight, correct, tokens = (math.fsum(column) for column in zip(*scalars, strict=True))
         weight = max(weight, 1e-9)
         loss, accuracy = loss_sum / weight, correct / weight
-        by_source = SourceLosses(self.eval_stream.source_names, self.eval_stream.source_tags)
+        by_source = SourceLosses(stream.source_names, stream.source_tags)
         for one in found:
             if one.sources is not None:
                 by_source.add(one.sources)
@@ -238,53 +201,63 @@ class Loop:
         )
         self.terminal.say(f"step {step}: held-out loss {loss:.4f}, token accuracy {accuracy:.1%}")
         self._eval_loss, self._evaluated = loss, step
-        self._meter.reset()
+        self._watcher.meter.reset()
         if math.isfinite(loss) and (self._best is None or loss < self._best):
             self._best = loss
             return True
         return False
 
-    def _save(self, step: int, state: TrainState, data_state: dict) -> None:
+    def _go_back(self, state: TrainState, data_state: dict) -> tuple[TrainState, int]:
+        """Returns the state and step of the newest checkpoint from before the spikes; the data goes on after them.
+
+        Chowdhery et al. 2022 (PaLM, section 5.1) did so by hand: the same batches did no harm to another state, and
+        another state was not harmed by them.
+
+        Raises:
+            ValueError: there is no such checkpoint, or the run has gone back too often.
+        """
+        assert self._goes_back is not None
+        (since, before), self._goes_back = self._goes_back, None
+        self.checkpoints.settle()
+        to = self.checkpoints.newest_usable(self.terminal.warn, before=before + 1)
+        spikes = (
+            f"step {since}: the last {since - before} updates in a row had a loss or gradient norm far beyond the usual"
+        )
+        often = len(self.rollbacks.records)
+        if often >= self.config.train.max_rollbacks or to is None:
+            why = (
+                "there is no checkpoint from before them" if to is None else f"the run went back {often} times already"
+            )
+            raise ValueError(
+                f"{spikes} (train.spike_factor), and {why}, so the run stops. Lower optimizer.learning_rate, look at "
+                "the data, save more often (checkpoint.every_steps), or allow more (train.max_rollbacks, "
+                "train.spike_factor)"
+            )
+        data = self._feed.whole_state(data_state)
+        self.rollbacks.add(since=since, to=to, data=data, seen=self._watcher.seen)
+        self.checkpoints.drop_after(to)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+        jax.tree.map(lambda leaf: leaf.delete(), state)  # two states may not fit
+        restored = self.checkpoints.restore(to, shapes)
+        left = self.stream.steps_left(data)
+        if left is not None:  # what was skipped is not made up for
+            self.steps = self._watcher.steps = min(self.steps, to + left)
+        self._best, self._evaluated = self.checkpoints.best_loss(), -1
+        self.log.go_back(to)
+        self.log.write(to, went_back_from=since)
+        self.terminal.warn(f"{spikes}; back to step {to}, and on with the data that follows")
+        return restored.state, to
+
+    def _save(self, step: int, state: TrainState, data_state: dict, *, wait: bool) -> None:
         own = self._eval_loss if self._evaluated == step else None  # not that of an earlier state
         run = {
             "step": step,
             "base": self.base_fingerprint,
-            "data": data_state,
+            "data": self._feed.whole_state(data_state),
             "stream": dict(self.stream.identity),
-            "seen": list(self._seen),
+            "seen": list(self._watcher.seen),
             "eval_loss": own if own is not None and math.isfinite(own) else None,
             "config": self.config.model_dump(mode="json"),
         }
-        self.checkpoints.save(step, state, run=run)
-
-
-def _on_host(metrics: StepMetrics) -> StepMetrics:
-    """Reads an update's numbers: scalars as plain numbers, sums by source as arrays."""
-    found: StepMetrics = jax.device_get(metrics)
-    scalars = {name: value.item() for name, value in found._asdict().items() if name not in ("sources", "router")}
-    return found._replace(**scalars)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them, so that the update under way ends and is saved.
-
-    A second SIGINT interrupts at once. Outside the main thread signals cannot be caught, and nothing changes.
-    """
-    caught: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        self.checkpoints.save(step, state, run=run, wait=wait)
+        self._save_is_due = False

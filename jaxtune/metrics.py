@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import rich.console
@@ -78,12 +78,22 @@ class MetricsLog:
         self, folder: pathlib.Path, *, resumed_step: int, tensorboard: bool, wandb: str | None, config: dict[str, Any]
     ) -> None:
         """Opens the logs; records past `resumed_step` are of updates that will be done again and are cut off."""
-        self._file = folder / "metrics.jsonl"
-        cut_records(self._file, resumed_step)
-        self._stream = self._file.open("a", encoding="utf-8")
-        cut = {"purge_step": resumed_step + 1} if resumed_step else {}  # TensorBoard hides what is done again
-        self._board = tensorboardX.SummaryWriter(str(folder / "events"), **cut) if tensorboard else None
+        self._folder, self._tensorboard = folder, tensorboard
+        self._open(resumed_step)
         self._wandb = _start_wandb(wandb, folder, config) if wandb else None
+
+    def _open(self, step: int) -> None:
+        for name in ("metrics.jsonl", "examples.jsonl"):
+            cut_records(self._folder / name, step)
+        self._stream = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._examples: IO[str] | None = None
+        cut = {"purge_step": step + 1} if step else {}  # TensorBoard hides what is done again
+        self._board = tensorboardX.SummaryWriter(str(self._folder / "events"), **cut) if self._tensorboard else None
+
+    def go_back(self, step: int) -> None:
+        """Takes back the records after update `step`: those updates will be done again."""
+        self._close_files()
+        self._open(step)
 
     def write(self, step: int, **values: float | int | str | Mapping[str, Any] | None) -> None:
         """Writes one record of update `step`; a mapping (losses by source) is an object of the record."""
@@ -97,13 +107,42 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
+    def list_examples(self, step: int, rows: Sequence[Any]) -> None:
+        """Writes to examples.jsonl which examples (source, row, epoch) stood in each row of update `step`."""
+        if self._examples is None:
+            self._examples = (self._folder / "examples.jsonl").open("a", encoding="utf-8")
+        self._examples.write(json.dumps({"step": step, "rows": rows}) + "\n")
+        self._examples.flush()
+
     def close(self) -> None:
         """Finishes every log."""
-        self._stream.close()
-        if self._board:
-            self._board.close()
+        self._close_files()
         if self._wandb:
             self._wandb.finish()
+
+    def _close_files(self) -> None:
+        for file in (self._stream, self._examples, self._board):
+            if file is not None:
+                file.close()
+
+
+class SilentLog(MetricsLog):
+    """The log of a host that is not the first: it has heard the same numbers, and writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, **values: float | int | str | Mapping[str, Any] | None) -> None:
+        pass
+
+    def list_examples(self, step: int, rows: Sequence[Any]) -> None:
+        pass
+
+    def go_back(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def cut_records(file: pathlib.Path, step: int) -> None:

@@ -1,12 +1,17 @@
 """The folder of a run: who may write it, and whether a new run may go on from what it holds."""
 
 import pathlib
+import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
+from jaxtune import hosts
 from jaxtune.config import Config
 from jaxtune.decode import ConfigError, from_tree, read_yaml, to_yaml
 from jaxtune.run_lock import RunLock
+
+SEEN_AFTER_SECONDS = 20.0  # by another host: network file systems keep what they know of a folder for a while
 
 # What may differ between a run and its continuation: how long, how it is watched, and how (not what) is computed.
 MAY_CHANGE = (
@@ -16,6 +21,10 @@ MAY_CHANGE = (
     "train.microbatch_rows",
     "train.max_bad_steps",
     "train.preempted_exit_code",
+    "train.hang_seconds",
+    "train.spike_factor",
+    "train.spike_patience",
+    "train.max_rollbacks",
     "log",
     "eval",
     "checkpoint",
@@ -32,11 +41,48 @@ MAY_CHANGE = (
 NOT_A_RUN = ("config.json", "adapter_config.json", "*.safetensors", "README.md", "metrics.jsonl", "hf", "adapter")
 
 
+def open_run_folder(path: str, *, say: Callable[[str], None] = print) -> "RunFolder":
+    """Returns OUTPUT, held by host 0 of this run; the others see that it is the same folder.
+
+    Raises:
+        ValueError: as `RunFolder` does, or a host does not see what host 0 writes.
+    """
+    with hosts.together():
+        folder = RunFolder(path, say=say, holds=hosts.index() == 0)
+    if hosts.count() == 1:
+        return folder
+    token = hosts.from_first(secrets.token_hex(8))
+    mark = folder.path / f".hosts-{token}"
+    try:
+        with hosts.together():
+            if hosts.index() == 0:
+                mark.write_text(token)
+        with hosts.together():
+            _wait_for(mark)
+        if hosts.index() == 0:
+            mark.unlink()
+    except ValueError:
+        folder.release()
+        raise
+    return folder
+
+
+def _wait_for(mark: Any) -> None:
+    deadline = time.monotonic() + SEEN_AFTER_SECONDS
+    while not mark.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"output: {mark.parent} is not the folder that host 0 writes: its files do not appear here. "
+                "Expected a folder that all hosts share (NFS, a mounted bucket or disk) by the same path"
+            )
+        time.sleep(0.2)
+
+
 class RunFolder:
     """OUTPUT, held by one process at a time through a lock that a dead holder does not keep."""
 
-    def __init__(self, path: str, *, say: Callable[[str], None] = print) -> None:
-        """Makes the folder and takes its lock.
+    def __init__(self, path: str, *, say: Callable[[str], None] = print, holds: bool = True) -> None:
+        """Makes the folder and takes its lock; a process that does not hold it, another host of the run, only looks.
 
         Raises:
             ValueError: another live run holds the folder, it holds something that is no run, or it cannot be written.
@@ -48,19 +94,23 @@ class RunFolder:
             )
         self.path = pathlib.Path(path).expanduser()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._refuse_what_is_no_run()
-            self._lock = RunLock(str(self.path), say=say)
+            self._lock = None
+            if holds:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._refuse_what_is_no_run()
+                self._lock = RunLock(str(self.path), say=say)
         except OSError as error:
             raise ValueError(f"output: {path} cannot be written ({error}); expected a folder of its own") from None
 
     def release(self) -> None:
         """Gives the folder up."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def check_lock(self) -> None:
         """Raises ValueError when another run has taken the folder over; call it before what that would destroy."""
-        self._lock.check()
+        if self._lock is not None:
+            self._lock.check()
 
     def _refuse_what_is_no_run(self) -> None:
         if (self.path / "config.yaml").exists():
@@ -118,7 +168,7 @@ class RunFolder:
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """Returns (key, old value, new value) for every key that differs and may not."""
-    before, now = _leaves(old.model_dump()), _leaves(new.model_dump())
+    before, now = leaves_of(old.model_dump()), leaves_of(new.model_dump())
     keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     return [
         (key, before.get(key), now.get(key))
@@ -127,10 +177,11 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+def leaves_of(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {dotted key: value} of a configuration as nested dicts and lists of dicts."""
     if isinstance(tree, dict) and tree:
-        return {name: leaf for key, value in tree.items() for name, leaf in _leaves(value, f"{prefix}{key}.").items()}
+        return {name: leaf for key, value in tree.items() for name, leaf in leaves_of(value, f"{prefix}{key}.").items()}
     if isinstance(tree, tuple | list) and tree and isinstance(tree[0], dict):
         pairs = enumerate(tree)
-        return {name: leaf for key, value in pairs for name, leaf in _leaves(value, f"{prefix}{key}.").items()}
+        return {name: leaf for key, value in pairs for name, leaf in leaves_of(value, f"{prefix}{key}.").items()}
     return {prefix[:-1]: tree}

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune.batch import AnyBatch
+from jaxtune.guard import Guard, Limits, after, initial_guard, limits
 from jaxtune.loss import TokenLosses, token_losses
 from jaxtune.models.experts import RouterSums
 from jaxtune.router_loss import RouterMetrics, load_balance, router_metrics, z_loss
@@ -24,12 +26,14 @@ class TrainState(NamedTuple):
 
     `step`: int32 scalar, batches consumed. `trainable`: state of the trained variables. `opt_state`: optax's.
     `bad_steps`: int32 scalar, updates in a row, up to now, that were not applied because of a NaN or infinity.
+    `guard`: what loss and gradient norm usually are.
     """
 
     step: Any
     trainable: Any
     opt_state: Any
     bad_steps: Any
+    guard: Guard
 
 
 class SourceSums(NamedTuple):
@@ -43,7 +47,8 @@ class SourceSums(NamedTuple):
 class StepMetrics(NamedTuple):
     """Numbers of one update: scalars, but for `sources` and `router`. `loss` is the weighted mean in nats.
 
-    `finite` says whether the update was applied. `router` is None where no layer is sparse.
+    An update is applied when it is `finite` and within `limits`, the guard's; `spikes` counts those in a row that were
+    not. `examples` int32 `[S]`: of each source. `router` is None where no layer is sparse.
     """
 
     loss: Any
@@ -53,7 +58,11 @@ class StepMetrics(NamedTuple):
     trained_tokens: Any
     finite: Any
     bad_steps: Any
+    applied: Any
+    spikes: Any
+    limits: Limits
     sources: SourceSums
+    examples: Any
     router: RouterMetrics | None
 
 
@@ -75,7 +84,8 @@ class Compute(NamedTuple):
     number S of sources that losses are told for. `load_balance` and `router_z` are the coefficients of the losses of
     `router_loss`, each taken over a microbatch and weighted as its tokens are. `dropout_rate` is that of the model's
     own dropout, which draws from `dropout_seed` as adapters' does. `grouped_matmul` is a resolved kernel of
-    `models.grouped`, where the model has experts.
+    `models.grouped`, where the model has experts. An update more than `spike_factor` deviations above what is usual is
+    not applied; None applies all.
     """
 
     dtype: Any
@@ -89,6 +99,7 @@ class Compute(NamedTuple):
     router_z: float = 0.0
     dropout_rate: float = 0.0
     grouped_matmul: Callable | None = None
+    spike_factor: float | None = None
 
 
 class _Told(NamedTuple):
@@ -115,7 +126,8 @@ def make_train_step(
 ) -> Callable[[TrainState, nnx.State, AnyBatch], tuple[TrainState, StepMetrics]]:
     """Returns `train_step(state, frozen, batch)`, a pure function ready for `jax.jit`.
 
-    An update whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
+    An update whose loss or gradient is not finite, or a spike, leaves parameters and optimizer as they were and is
+    counted.
     """
 
     def loss_sum(trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, keys: Any) -> tuple[jax.Array, _Told]:
@@ -152,11 +164,14 @@ def make_train_step(
         gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, state.trainable)
         grad_norm = optax.global_norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        allowed = limits(state.guard, compute.spike_factor)
+        applied = finite & (loss <= allowed.loss) & (grad_norm <= allowed.norm)
+        guard = after(state.guard, loss, grad_norm, applied)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(finite, new, old)
+            return jnp.where(applied, new, old)
 
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         metrics = StepMetrics(
@@ -167,7 +182,11 @@ def make_train_step(
             trained_tokens=jnp.sum(batch.loss_weights > 0),
             finite=finite,
             bad_steps=bad_steps,
+            applied=applied,
+            spikes=guard.spikes,
+            limits=allowed,
             sources=told.sources,
+            examples=_examples_by_source(batch, compute.sources),
             router=router_metrics(told.router) if told.router is not None else None,
         )
         new_state = TrainState(
@@ -175,6 +194,7 @@ def make_train_step(
             trainable=jax.tree.map(keep, trainable, state.trainable),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             bad_steps=bad_steps,
+            guard=guard,
         )
         return new_state, metrics
 
@@ -210,6 +230,12 @@ def _by_source(losses: TokenLosses, batch: AnyBatch, sources: int) -> SourceSums
     values = jnp.stack([losses.nll.astype(jnp.float32) * weights, weights, losses.correct * weights], axis=-1)
     sums = jax.ops.segment_sum(values.reshape(-1, 3), batch.source_ids.reshape(-1), num_segments=sources)
     return SourceSums(*jnp.moveaxis(jax.lax.stop_gradient(sums), 1, 0))
+
+
+def _examples_by_source(batch: AnyBatch, sources: int) -> jax.Array:
+    """Counts the segments of each source: every one has a position 0."""
+    begins = (batch.positions == 0) & (batch.segment_ids > 0)
+    return jax.ops.segment_sum(begins.reshape(-1).astype(jnp.int32), batch.source_ids.reshape(-1), sources)
 
 
 def _losses(model: Any, batch: AnyBatch, compute: Compute, keys: Any) -> tuple[TokenLosses, RouterSums | None]:
@@ -274,6 +300,7 @@ def initial_state(optimizer: optax.GradientTransformation, trainable: nnx.State)
         trainable=trainable,
         opt_state=optimizer.init(trainable),
         bad_steps=jnp.zeros((), jnp.int32),
+        guard=initial_guard(),
     )
 
 
@@ -296,7 +323,8 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: nnx.Stat
         parameters,
         transform_non_params=lambda _: replicated(mesh),
     )
-    return TrainState(step=replicated(mesh), trainable=parameters, opt_state=opt_state, bad_steps=replicated(mesh))
+    whole = jax.tree.map(lambda _: replicated(mesh), abstract)
+    return whole._replace(trainable=parameters, opt_state=opt_state)
 
 
 def compile_train_step(
@@ -304,9 +332,10 @@ def compile_train_step(
 ) -> Any:
     """Compiles the update for arguments that carry shardings (arrays, or ShapeDtypeStructs for absent hardware).
 
-    The state's buffers are donated: the new state takes the old one's place in memory.
+    The state's buffers are donated: the new state takes the old one's place in memory. The metrics are whole on every
+    device, so that any host can read them.
     """
-    out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
+    out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), _everywhere(batch))
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
     return jitted.lower(state, frozen, batch).compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
 
@@ -314,7 +343,12 @@ def compile_train_step(
 def compile_eval_step(
     eval_step: Callable, trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, *, platform: str
 ) -> Any:
-    """Compiles an evaluation for arguments that carry shardings."""
-    return (
-        jax.jit(eval_step).lower(trainable, frozen, batch).compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
-    )
+    """Compiles an evaluation for arguments that carry shardings; its sums are whole on every device."""
+    jitted = jax.jit(eval_step, out_shardings=_everywhere(batch))
+    return jitted.lower(trainable, frozen, batch).compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
+
+
+def _everywhere(batch: AnyBatch) -> Any:
+    """Returns the sharding of a result that every device of the batch's mesh holds; None where there is no mesh."""
+    where = batch.tokens.sharding if isinstance(batch.tokens, jax.Array | jax.ShapeDtypeStruct) else None
+    return NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else None

@@ -52,6 +52,11 @@ def main(words: Sequence[str]) -> int:
     except (ValueError, OSError) as error:  # OSError: a disk that fills up, a file taken away
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        from jaxtune.faults import leave_if_several
+
+        leave_if_several(error)
+        raise
 
 
 if __name__ == "__main__":

@@ -7,21 +7,20 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxtune import adapters, assembly, card, hub
-from jaxtune.checkpoint import Checkpoints
+from jaxtune import adapters, agreement, assembly, card, hosts
+from jaxtune.checkpoint import Checkpoints, Patience
 from jaxtune.config import Config
-from jaxtune.config_data import PAIR_LENGTHS
-from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import check_space, export_folder
 from jaxtune.convert.peft import export_adapter
-from jaxtune.data.chat.templates import ChatTemplate, load_template, load_tokenizer
-from jaxtune.data.loader import open_eval_stream, open_stream, write_plan
 from jaxtune.data.stream import Stream
+from jaxtune.faults import Watchdog
+from jaxtune.inputs import Inputs, count_steps, open_inputs
 from jaxtune.loop import Loop, Outcome
 from jaxtune.memory import memory_explained
-from jaxtune.metrics import MetricsLog, Terminal, duration
+from jaxtune.metrics import MetricsLog, SilentLog, Terminal, duration
 from jaxtune.optimizer import make_optimizer, warmup_steps
-from jaxtune.run_folder import RunFolder
+from jaxtune.rollbacks import Rollbacks
+from jaxtune.run_folder import RunFolder, open_run_folder
 from jaxtune.sharding import batch_sharding, check_batch, create_on_mesh, make_mesh, use_compilation_cache
 from jaxtune.step import (
     TrainState,
@@ -48,23 +47,13 @@ class Result(NamedTuple):
     adapter: str | None
 
 
-class Inputs(NamedTuple):
-    """What a run starts from: the base model's folder, the chat template, and the streams.
-
-    `template` is None only for an import without data of a tokenizer without a template.
-    """
-
-    base: HFFolder
-    template: ChatTemplate | None
-    stream: Stream | None
-    eval_stream: Stream | None
-
-
 def run(config: Config) -> Result:
-    """Runs a configuration to its end; see `jaxtune.train.train`."""
-    terminal = Terminal(quiet=jax.process_index() > 0)
+    """Runs a configuration to its end, on all hosts of the run together; see `jaxtune.train.train`."""
+    hosts.start()
+    terminal = Terminal(quiet=hosts.index() > 0)
     use_compilation_cache()
-    folder = RunFolder(config.output, say=terminal.say)
+    agreement.check_command(config)
+    folder = open_run_folder(config.output, say=terminal.say)
     try:
         with jax.set_mesh(make_mesh(config.mesh.model_dump())):
             return _run(config, folder, terminal)
@@ -75,11 +64,15 @@ def run(config: Config) -> Result:
 def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     mesh = jax.sharding.get_mesh()
     check_batch(config.train.microbatch_rows or config.train.batch_rows, mesh, key=_rows_key(config))
-    inputs, config = _open_inputs(config, folder, terminal)
+    with hosts.together():
+        inputs, config = open_inputs(config, str(folder.path), terminal)
+    agreement.check_inputs(inputs.base.fingerprint, {"data": inputs.stream, "evaluation": inputs.eval_stream})
 
-    checkpoints = Checkpoints(str(folder.path / "checkpoints"), keep=config.checkpoint.keep)
+    checkpoints = _open_checkpoints(config, folder, terminal)
     with contextlib.closing(checkpoints):
-        folder.check_resume(config, has_saved=bool(checkpoints.steps()))
+        has_saved = bool(checkpoints.steps())
+        with hosts.together():
+            folder.check_resume(config, has_saved=has_saved)
         newest = checkpoints.newest_usable(terminal.warn)
         saved = checkpoints.read_run(newest) if newest is not None else None
         if saved and saved["base"] != inputs.base.fingerprint:
@@ -89,18 +82,21 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
             )
         if saved and inputs.stream is not None:
             inputs.stream.refuse_other(saved["stream"])
-        steps = _count_steps(config, inputs.stream, saved)
+        rollbacks = Rollbacks(folder.path, start=newest or 0)
+        saved = rollbacks.resumed(saved) if saved else None
+        steps = count_steps(config, inputs.stream, saved)
         if saved and saved["step"] > steps:
             raise ValueError(
                 f"train.steps: found {steps}, but {folder.path} is at step {saved['step']}; expected at least as many"
             )
-        folder.write_config(config)
-
         plan = _plan_model(config, inputs)
         optimizer = make_optimizer(config, max(steps, 1), plan.trainable)
         compute, attention_reason = assembly.resolve_compute(config, plan, mesh.devices.flat[0].platform)
         terminal.say(_describe_plan(config, plan, steps, attention_reason, inputs))
-        _check_disk(config, plan, inputs, folder)
+        with hosts.together():
+            if hosts.index() == 0:
+                folder.write_config(config)
+            _check_disk(config, plan, inputs, folder)
 
         start = saved["step"] if saved else 0
         if start < steps and config.model.param_dtype == "file":
@@ -109,7 +105,19 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
         if start < steps:
             train_step, eval_step = _compile(config, plan, optimizer, compute, state, frozen, inputs, terminal)
             state, outcome = _train(
-                config, plan, inputs, train_step, eval_step, state, frozen, checkpoints, folder, terminal, steps, saved
+                config,
+                plan,
+                inputs,
+                train_step,
+                eval_step,
+                state,
+                frozen,
+                checkpoints,
+                folder,
+                terminal,
+                steps,
+                saved,
+                rollbacks,
             )
         else:
             if saved:
@@ -120,6 +128,12 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
         return Result(outcome.exit_code, outcome.step, outcome.loss, outcome.eval_loss, config.output, None, None)
     hf, adapter = _export(config, folder, inputs, plan, state, frozen, outcome, terminal)
     return Result(0, outcome.step, outcome.loss, outcome.eval_loss, config.output, hf, adapter)
+
+
+def _open_checkpoints(config: Config, folder: RunFolder, terminal: Terminal) -> Checkpoints:
+    keys = config.checkpoint
+    patience = Patience(keys.retries, keys.retry_seconds, keys.save_seconds)
+    return Checkpoints(str(folder.path / "checkpoints"), keep=keys.keep, patience=patience, say=terminal.say)
 
 
 def _plan_model(config: Config, inputs: Inputs) -> assembly.ModelPlan:
@@ -156,7 +170,8 @@ def _compile(
     example = _abstract_batch(config, inputs.stream, mesh)
     with memory_explained(config, None):
         with terminal.working("compiling the training step"):
-            update = make_train_step(plan.graph, optimizer, compute._replace(sources=len(inputs.stream.source_names)))
+            sources, spikes = len(inputs.stream.source_names), config.train.spike_factor
+            update = make_train_step(plan.graph, optimizer, compute._replace(sources=sources, spike_factor=spikes))
             train_step = compile_train_step(update, state, frozen, example, platform=platform)
         if inputs.eval_stream is None:
             return train_step, None
@@ -179,18 +194,21 @@ def _train(
     terminal: Terminal,
     steps: int,
     saved: dict[str, Any] | None,
+    rollbacks: Rollbacks,
 ) -> tuple[TrainState, Outcome]:
     """Does the updates that are left, logging as they go."""
     stream = inputs.stream
     assert stream is not None  # without data there are no steps, and nobody comes here
     start = saved["step"] if saved else 0
-    log = MetricsLog(
-        folder.path,
-        resumed_step=start,
-        tensorboard=config.log.tensorboard,
-        wandb=config.log.wandb,
-        config=config.model_dump(mode="json"),
-    )
+    log: MetricsLog = SilentLog()
+    if hosts.index() == 0:
+        log = MetricsLog(
+            folder.path,
+            resumed_step=start,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            config=config.model_dump(mode="json"),
+        )
     for sentence in (*stream.warnings, *(inputs.eval_stream.warnings if inputs.eval_stream else ())):
         terminal.warn(sentence)
     if config.train.steps is None and steps < FEW_STEPS:
@@ -208,113 +226,20 @@ def _train(
         checkpoints=checkpoints,
         log=log,
         terminal=terminal,
+        watchdog=Watchdog(config.train.hang_seconds, folder.path / f"hang-host{hosts.index()}.txt"),
         mesh=jax.sharding.get_mesh(),
         flops_per_token=_flops_per_token(config, plan),
         base_fingerprint=inputs.base.fingerprint,
+        rollbacks=rollbacks,
     )
     data_state = saved["data"] if saved else stream.initial_state()
     with contextlib.closing(log):
         seen = saved["seen"] if saved else None
-        return loop.run(state, frozen, data_state, start=start, best=_best_loss(checkpoints), seen=seen)
+        return loop.run(state, frozen, data_state, start=start, best=checkpoints.best_loss(), seen=seen)
 
 
 def _rows_key(config: Config) -> str:
     return "train.microbatch_rows" if config.train.microbatch_rows else "train.batch_rows"
-
-
-def _open_inputs(config: Config, folder: RunFolder, terminal: Terminal) -> tuple[Inputs, Config]:
-    """Opens model folder, tokenizer and data; returns them with the configuration's open values filled in."""
-    path = hub.resolve_folder(config.model.path, config.model.revision)
-    base = open_folder(path, needs_weights=config.model.init == "pretrained")
-    tokenizer = load_tokenizer(path)
-    model = assembly.model_config(base)
-    _check_vocabulary(tokenizer, model.vocab_size, base.path)
-    config = _filled_in(config, model, tokenizer, base.path)
-    if not config.data.train:
-        own = config.data.template == "auto" and not tokenizer.chat_template
-        template = None if own else load_template(config.data.template, tokenizer)
-        return Inputs(base, template, None, None), config
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "max_length": config.data.max_length,
-        "output_dir": str(folder.path),
-    }
-    if model.is_encoder_decoder:
-        options |= {"encoder_length": config.data.encoder_length, "start_token": model.start_token}
-    with terminal.counting("reading the training data") as progress:
-        stream = open_stream(config, **options, progress=progress)
-    with terminal.counting("reading the evaluation data") as progress:
-        eval_stream = open_eval_stream(config, **options, progress=progress)
-    write_plan(stream, str(folder.path))
-    terminal.say(stream.describe())
-    if eval_stream is not None:
-        terminal.say(f"held out: {eval_stream.funnel.total('examples'):,} examples\n{eval_stream.funnel.table()}")
-    template = load_template(config.data.template, tokenizer)
-    return Inputs(base, template, stream, eval_stream), config
-
-
-def _filled_in(config: Config, model: Any, tokenizer: Any, where: str) -> Config:
-    """Returns the configuration with what the model decides: lengths of rows, and an encoder-decoder's template.
-
-    Raises:
-        ValueError: a length beyond the model's positions, or a key that means nothing for this kind of model.
-    """
-    data = config.data
-    if model.is_encoder_decoder:
-        encoder_length, max_length = PAIR_LENGTHS
-        changes: dict[str, Any] = {
-            "encoder_length": data.encoder_length or encoder_length,
-            "max_length": data.max_length or max_length,
-        }
-        if data.template == "auto" and not tokenizer.chat_template:
-            changes["template"] = "plain"  # these models read and write bare text
-        return config.model_copy(update={"data": data.model_copy(update=changes)})
-    for key, found in (("data.encoder_length", data.encoder_length), ("model.dropout", config.model.dropout)):
-        if found:
-            raise ValueError(
-                f"{key}: found {found}, but {where} is a decoder alone, and this key is for an encoder-decoder such "
-                f"as T5; remove it ({'data.max_length' if key.startswith('data') else 'tuning.dropout'} is for all)"
-            )
-    positions = model.max_positions
-    max_length = data.max_length or min(2048, positions)
-    if max_length > positions:
-        raise ValueError(
-            f"data.max_length: found {max_length}; expected at most the model's {positions} positions "
-            f"(max_position_embeddings of {where})"
-        )
-    return config.model_copy(update={"data": data.model_copy(update={"max_length": max_length})})
-
-
-def _check_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> None:
-    """Raises ValueError when texts can become tokens that have no embedding: their loss would be NaN.
-
-    A pad token beyond the embedding, as many folders have, is let be: nothing here uses it.
-    """
-    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= vocab_size]
-    beyond = [token for token in beyond if token != tokenizer.pad_token or token == tokenizer.eos_token]
-    if beyond:
-        raise ValueError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, but the model's embedding has {vocab_size} "
-            f"(vocab_size in config.json), so {', '.join(map(repr, beyond[:3]))} would have no row there; expected the "
-            "model's own tokenizer, or a model enlarged with transformers' resize_token_embeddings"
-        )
-
-
-def _count_steps(config: Config, stream: Stream | None, saved: dict[str, Any] | None) -> int:
-    """Returns the number of updates: as asked for, or as many as the epochs' packed rows make.
-
-    A run that goes on with more epochs than before counts from where it is: lanes that had ended go on as well.
-    """
-    if config.train.steps is not None:
-        return config.train.steps
-    if stream is not None and saved is not None and (left := stream.steps_left(saved["data"])) is not None:
-        return saved["step"] + left
-    if stream is None or stream.steps_per_run is None:
-        raise ValueError(
-            "train.steps: found none, and the data is too large to count its packed rows before the run; "
-            "expected the number of updates, e.g. train.steps=10000"
-        )
-    return stream.steps_per_run
 
 
 def _describe_plan(config: Config, plan: assembly.ModelPlan, steps: int, attention_reason: str, inputs: Inputs) -> str:
@@ -390,11 +315,6 @@ def _flops_per_token(config: Config, plan: assembly.ModelPlan) -> float:
     return (6.0 if config.tuning.method == "full" else 4.0) * passed
 
 
-def _best_loss(checkpoints: Checkpoints) -> float | None:
-    step = checkpoints.best_step()
-    return checkpoints.read_run(step).get("eval_loss") if step is not None else None
-
-
 def _export(
     config: Config,
     folder: RunFolder,
@@ -410,7 +330,8 @@ def _export(
     chosen = template is not None and config.data.template != "auto"
     shared: dict[str, Any] = {"chat_template": template.template_text if template and chosen else None}
     text = card.model_card(config, inputs.base, inputs.stream, outcome)
-    (folder.path / "README.md").write_text(text, encoding="utf-8")
+    if hosts.index() == 0:
+        (folder.path / "README.md").write_text(text, encoding="utf-8")
     hf = adapter = None
     if plan.adapted and config.export.adapter:
         adapter = str(folder.path / "adapter")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 import tiny_runs
 
 from jaxtune import checkpoint
-from jaxtune.checkpoint import CUT_OFF, MANIFEST, Checkpoints, check_manifest, flatten
+from jaxtune.checkpoint import Checkpoints, Patience, flatten
+from jaxtune.manifest import CUT_OFF, MANIFEST, check_manifest
 from jaxtune.sharding import make_mesh
 
 
@@ -195,15 +197,85 @@ def test_every_file_but_the_manifest_is_in_it(checkpoints):
     assert set(listed) == there and all(len(entry["sha256"]) == 64 for entry in listed.values())
 
 
-def test_what_goes_wrong_while_saving_is_raised(checkpoints, monkeypatch):
-    def fail(folder):
-        raise OSError("disk full")
+def failing(times, monkeypatch):
+    """Lets the manifest's writing fail so many times, as a full disk does."""
+    left, real = [times], checkpoint.write_manifest
 
-    monkeypatch.setattr(checkpoint, "write_manifest", fail)
-    checkpoints.save(1, state_of(1.0), run={})
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.wait()
-    checkpoints._finishing = None
+    def write(*args, **options):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        real(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", write)
+
+
+def patient(tmp_path, said, **more):
+    return Checkpoints(str(tmp_path / "patient"), keep=2, patience=Patience(3, 0.01, **more), say=said.append)
+
+
+def test_a_save_that_fails_is_tried_again_with_longer_and_longer_pauses(tmp_path, monkeypatch):
+    said = []
+    opened = patient(tmp_path, said)
+    save(opened, 1)
+    failing(2, monkeypatch)
+    opened.save(2, state_of(2.0), run={"step": 2}, wait=True)
+    assert said_by(opened) == (2, "")
+    assert [text.rpartition(" in ")[2] for text in said] == ["0.01 s", "0.02 s"]
+    assert all("step 2 failed" in text and "No space left" in text for text in said)
+    opened.close()
+
+
+def test_a_save_that_failed_behind_training_is_told_and_the_next_is_waited_for(tmp_path, monkeypatch):
+    said = []
+    opened = patient(tmp_path, said)
+    failing(1, monkeypatch)
+    opened.save(1, state_of(1.0), run={"step": 1})
+    while not opened.has_failed():
+        pass
+    opened.save(2, state_of(2.0), run={"step": 2})
+    assert said_by(opened) == (2, "") and "saving step 1 failed (OSError" in said[0] and "now step 2" in said[0]
+    opened.close()
+
+
+def test_a_save_that_goes_on_failing_stops_with_a_word_and_leaves_the_one_before(tmp_path, monkeypatch):
+    said = []
+    opened = patient(tmp_path, said)
+    save(opened, 1)
+    failing(4, monkeypatch)
+    with pytest.raises(ValueError, match=r"step 2 cannot be saved .* tried 4 times: .*No space left.* Step 1 is there"):
+        opened.save(2, state_of(2.0), run={"step": 2}, wait=True)
+    assert said_by(opened)[0] == 1
+    restored = opened.restore(1, specs(state_of(1.0)))
+    assert int(restored.state["step"]) == 1
+    opened.close()
+
+
+def test_a_file_system_that_takes_no_more_bytes_stops_the_save_and_not_the_one_before(tmp_path):
+    """The kernel's own limit on the size of files: what TensorStore writes fails, not a stand-in of ours."""
+    said = []
+    opened = patient(tmp_path, said)
+    save(opened, 1)
+    large = {"x": jnp.arange(1 << 18, dtype=jnp.float32) ** 1.5}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+        with pytest.raises(ValueError, match=r"step 2 cannot be saved .* tried 4 times"):
+            opened.save(2, large, run={"step": 2}, wait=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said_by(opened) == (1, "")
+    opened.save(2, large, run={"step": 2}, wait=True)
+    assert said_by(opened) == (2, "")
+    opened.close()
+
+
+def test_what_a_killed_process_left_unfinished_goes(tmp_path, checkpoints):
+    save(checkpoints, 1)
+    left = checkpoints.folder / "2.orbax-checkpoint-tmp"
+    left.mkdir()
+    Checkpoints(str(tmp_path / "checkpoints"), keep=2).close()
+    assert not left.exists() and checkpoints.steps() == [1]
 
 
 def test_two_leaves_of_one_name_are_refused():

@@ -435,6 +435,9 @@ def test_no_key_is_accepted_and_ignored(keys_read, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="NaN or infinity"):
         more = ("tuning.method=full", "optimizer.learning_rate=1e30", "train.max_bad_steps=1", "train.steps=4")
         train(tiny_runs.config(base, data, tmp_path / "full", f"data.eval.0.path={data}", "eval.every_steps=9", *more))
+    with pytest.raises(ValueError, match="there is no checkpoint from before them"):
+        more = ("tuning.method=full", "optimizer.learning_rate=1e30", "train.spike_factor=9", "train.spike_patience=1")
+        train(tiny_runs.config(base, data, tmp_path / "spike", *more, "train.steps=4"))
 
     def stop(*anything: Any, **more: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -101,7 +101,7 @@ def test_a_run_that_shall_not_go_on_is_refused(tmp_path):
 
 
 def test_keys_that_may_change_are_keys():
-    leaves = {key for key, _, _ in differences(config(), config())} | set(run_folder._leaves(config().model_dump()))
+    leaves = {key for key, _, _ in differences(config(), config())} | set(run_folder.leaves_of(config().model_dump()))
     for allowed in MAY_CHANGE:
         assert any(key == allowed or key.startswith(f"{allowed}.") for key in leaves), allowed
 

@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxtune import hosts
 from jaxtune.batch import ExampleId, HostBatch
 from jaxtune.data import funnel
 from jaxtune.data.examples import RowReader
@@ -104,14 +105,14 @@ class Stream:
             )
 
     def batches(
-        self, state: Mapping[str, Any], *, rows: range | None = None, exchange: Exchange | None = None
+        self, state: Mapping[str, Any], *, rows: Sequence[int] | None = None, exchange: Exchange | None = None
     ) -> Iterator[tuple[HostBatch, dict[str, Any]]]:
         """Yields (batch, the state after it) from `state` on.
 
-        `rows` are the rows of the global batch that this host makes, all by default. A state knows only the lanes that
-        were run for it, None for the others; `merge_states` joins the hosts' states for a checkpoint. `exchange` hands
-        some numbers of this host to all hosts and theirs to this one: several hosts need it where phases end after
-        steps or tokens. Raises ValueError for a state of another stream.
+        `rows` are the rows of the global batch that this host makes, in rising order, all by default. A state knows
+        only the lanes that were run for it, None for the others; `merge_states` joins the hosts' states for a
+        checkpoint. `exchange` hands some numbers of this host to all hosts and theirs to this one: several hosts need
+        it where phases end after steps or tokens. Raises ValueError for a state of another stream.
         """
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
@@ -133,7 +134,12 @@ class Stream:
         return self._run(state, lanes, rows, cursors, exchange or (lambda numbers: [numbers]))
 
     def _run(
-        self, state: Mapping[str, Any], lanes: int, rows: range, cursors: dict[int, list[int]], exchange: Exchange
+        self,
+        state: Mapping[str, Any],
+        lanes: int,
+        rows: Sequence[int],
+        cursors: dict[int, list[int]],
+        exchange: Exchange,
     ) -> Iterator[tuple[HostBatch, dict[str, Any]]]:
         batch, left = int(state["batch"]), self.steps_left(state)
         tokens, ends = int(state.get("tokens", 0)), list(state.get("phases", ()))
@@ -150,7 +156,7 @@ class Stream:
             after: dict[str, Any] = {"fingerprint": self.fingerprint, "batch": batch}
             if self.phase_ends:
                 counts = any(end.kind == "tokens" for end in self.phase_ends[len(ends) :])
-                tokens += sum(n for [n] in exchange([int(made.arrays.token_count)])) if counts else 0
+                tokens += _tokens_of_all(rows, made, exchange) if counts else 0
                 if self._phase_is_over(batch, tokens, len(ends)):
                     # A window is begun once a row of it is taken; the first that no lane has begun opens the phase.
                     begun = max(window + (row > 0) for window, row in cursors.values())
@@ -232,7 +238,8 @@ class Stream:
         exact = all(s.exact for s in self.funnel.sources)
         if window.bad and self.on_bad_row == "quarantine" and not exact:
             found = [(self.maker.readers[s].source, row, message) for s, row, message in window.bad]
-            quarantine(found, self.output_dir, QUARANTINE, mode="a")  # evaluation is always counted
+            name = f"{hosts.index()}-{QUARANTINE}" if hosts.index() else QUARANTINE  # two hosts may not share a file
+            quarantine(found, self.output_dir, name, mode="a")  # evaluation is always counted
 
     def _batch(self, picked: Sequence[tuple[Window, int] | None]) -> HostBatch:
         rows, names = [], []
@@ -268,6 +275,14 @@ class Stream:
         if self.fill is not None:
             lines.append(f"{self.maker.rows.describe(self.fill)}; {self.lanes} lanes")
         return "\n".join(lines)
+
+
+def _tokens_of_all(rows: Sequence[int], made: HostBatch, exchange: Exchange) -> int:
+    """The tokens of the global batch; a row that several hosts make counts once."""
+    kind = type(made.arrays)
+    of_rows = [int(kind(*(array[i : i + 1] for array in made.arrays)).token_count) for i in range(len(rows))]
+    told = exchange([number for pair in zip(rows, of_rows, strict=True) for number in pair])
+    return sum({row: n for numbers in told for row, n in zip(numbers[::2], numbers[1::2], strict=True)}.values())
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""The same run on any number of hosts: the same examples in every row of every update, and the same losses."""
+
+import pytest
+import tiny_runs
+from conftest import assert_same_stream, examples
+
+
+def assert_close(output, other, *, first=1e-6, last=1e-4):
+    """Asserts that losses differ by at most `first` (relative) at update 1 and `last` at the end."""
+    ours, theirs = tiny_runs.losses(output), tiny_runs.losses(other)
+    assert ours.keys() == theirs.keys()
+    steps = max(theirs)
+    for step, (loss, norm) in ours.items():
+        allowed = first + (last - first) * (step - 1) / max(1, steps - 1)
+        assert loss == pytest.approx(theirs[step][0], rel=allowed), f"loss at update {step}"
+        assert norm == pytest.approx(theirs[step][1], rel=20 * allowed), f"gradient norm at update {step}"
+    held_out = [[r["eval_loss"] for r in tiny_runs.records(o) if "eval_loss" in r] for o in (output, other)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=last)
+
+
+def test_two_hosts_learn_what_one_learns_from_the_same_rows(mixture, reference, tmp_path):
+    run = mixture.finish(tmp_path / "out", processes=2, devices=2)
+    assert_same_stream(tmp_path / "out", reference)
+    assert_close(tmp_path / "out", reference)
+    assert "step 8/8" in run.said(0) and "step 8/8" not in run.said(1), "host 0 speaks"
+    assert (tmp_path / "out" / "README.md").exists() and not list((tmp_path / "out").glob(".*"))
+
+
+KINDS = {
+    "lora": (),
+    "full": ("tuning.method=full", "optimizer.learning_rate=0.003"),
+    "accumulated": ("tuning.method=full", "train.microbatch_rows=8", "train.batch_rows=16"),
+    "context": ("mesh.context=4", "mesh.fsdp=2"),
+    "tensor": ("mesh.tensor=4", "mesh.fsdp=2"),
+    "slices": ("mesh.slice=2", "mesh.fsdp=4"),
+    "data": ("mesh.data=4", "mesh.tensor=2", "mesh.fsdp=1"),
+    "workers": ("data.workers=2",),
+    "phases": (
+        "data.phases.0.mixing.rates=equal",
+        "data.phases.0.until.tokens=1500",
+        "data.phases.1.mixing.rates=proportional",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "experts"])
+def test_hosts_and_devices_change_nothing(mixture, tmp_path, kind, sparse):
+    """1 process x 8 devices, 2 x 4 and 4 x 2, for 20 updates in float32."""
+    more = ["train.steps=20", "data.eval_fraction=0.1", "eval.every_steps=10", *KINDS[kind]]
+    if sparse:
+        if kind not in ("lora", "full"):
+            pytest.skip("experts are tried with two kinds")
+        more += [f"model.path={experts(mixture)}", "mesh.expert=2"]
+    for processes, devices in ((1, 8), (2, 4), (4, 2)):
+        mixture.finish(tmp_path / f"{processes}", *more, processes=processes, devices=devices)
+    for processes in (2, 4):
+        assert_same_stream(tmp_path / f"{processes}", tmp_path / "1")
+        assert_close(tmp_path / f"{processes}", tmp_path / "1")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "experts"])
+def test_in_float64_hosts_and_devices_change_nothing_to_nine_digits(mixture, tmp_path, method, sparse):
+    more = ["train.steps=20", f"tuning.method={method}", "optimizer.learning_rate=0.003"]
+    more += [f"model.path={experts(mixture)}", "mesh.expert=2"] if sparse else []
+    for processes, devices in ((1, 8), (2, 4), (4, 2)):
+        env = {"FLOAT64": "1"}
+        mixture.finish(tmp_path / f"{processes}", *more, processes=processes, devices=devices, env=env)
+    for processes in (2, 4):
+        assert_same_stream(tmp_path / f"{processes}", tmp_path / "1")
+        assert_close(tmp_path / f"{processes}", tmp_path / "1", first=1e-9, last=1e-9)
+
+
+def experts(mixture):
+    folder = mixture.root / "experts"
+    if not folder.exists():
+        tiny_runs.write_model(folder, "mixtral")
+    return folder
+
+
+# Hosts that are not one run.
+
+
+def test_hosts_with_other_configurations_stop_and_say_which(mixture, tmp_path):
+    words = [mixture.words(tmp_path / "out"), mixture.words(tmp_path / "out", "seed=7")]
+    with mixture.start(tmp_path / "out", processes=2, devices=1, given=words) as run:
+        assert run.wait(120) == [1, 1]
+    for host in (0, 1):
+        assert "the hosts of this run disagree on seed" in run.said(host) and "host 1 (" in run.said(host)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_hosts_with_other_data_stop_and_say_which_source(mixture, tmp_path):
+    """One relative path, two working directories: the files differ in a word."""
+    for host in (0, 1):
+        (tmp_path / f"{host}").mkdir()
+        rows = [*tiny_runs.rows(40), {"instruction": "say", "output": f"host {host}"}]
+        tiny_runs.write_rows(tmp_path / f"{host}" / "mine.jsonl", rows)
+    cwds = [tmp_path / "0", tmp_path / "1"]
+    with mixture.start(tmp_path / "out", "data.train.0.path=mine.jsonl", processes=2, devices=1, cwds=cwds) as run:
+        assert run.wait(120) == [1, 1]
+    assert "disagree on data: source mine" in run.said(1)
+
+
+@pytest.mark.long
+def test_hosts_that_do_not_share_the_output_folder_stop(mixture, tmp_path):
+    cwds = [tmp_path / "0", tmp_path / "1"]
+    for cwd in cwds:
+        cwd.mkdir()
+    with mixture.start(tmp_path / "out", "output=here", processes=2, devices=1, cwds=cwds) as run:
+        assert run.wait(180) == [1, 1]
+    assert "is not the folder that host 0 writes" in run.said(0) and "host 1 (" in run.said(0)
+
+
+def test_a_checkpoint_of_two_hosts_goes_on_in_one(mixture, reference, tmp_path):
+    """Stopped after 4 of 8 updates on 2 x 2; the rest on one device in one process."""
+    output = tmp_path / "out"
+    mixture.finish(output, "train.steps=4", "optimizer.schedule=constant", processes=2, devices=2)
+    assert len(examples(output)) == 4
+    mixture.finish(output, "optimizer.schedule=constant", processes=1, devices=1)
+    assert_same_stream(output, reference)
