@@ -18,10 +18,15 @@ def prepare_environment() -> None:
     A CPU shown as several devices (`--xla_force_host_platform_device_count`) runs them on one pool of threads, one for
     each, and a collective that waits holds its thread: two at a time on one device leave another device none, and the
     process is aborted after 40 s. XLA reads the size of the pool from `NPROC`; four threads a device are enough.
+
+    fsspec remembers what a bucket's folders hold, and does not hear of what TensorStore and other hosts write there:
+    it is told to ask each time.
     """
     shown = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if shown and int(shown[1]) > 1:
         os.environ.setdefault("NPROC", str(4 * int(shown[1])))
+    for store in ("FSSPEC_GS", "FSSPEC_S3"):
+        os.environ.setdefault(store, '{"use_listings_cache": false}')
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not has_chips():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -124,15 +124,9 @@ def to_yaml(config: Config) -> str:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Returns the tree of plain values in a YAML file; raises ConfigError where there is none."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else pathlib.Path()
-        near = difflib.get_close_matches(file.name, [p.name for p in folder.glob("*.yaml")], n=1)
-        hint = f" Did you mean {folder / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such file; expected a YAML file, or key=value words.{hint}")
+    """Returns the tree of plain values in a YAML file, which may be a URL; raises ConfigError where there is none."""
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
+        tree = yaml.load(_read_text(path), Loader=_Yaml12Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -140,6 +134,24 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found a {type(tree).__name__} at the top; expected keys such as model: and data:")
     return tree
+
+
+def _read_text(path: str) -> str:
+    if "://" in path:
+        import fsspec  # only for those who ask: it takes longer than all the rest
+
+        try:
+            with fsspec.open(path, "rb") as stream:
+                return stream.read().decode("utf-8")
+        except (OSError, ImportError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from None
+    file = pathlib.Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else pathlib.Path()
+        near = difflib.get_close_matches(file.name, [p.name for p in folder.glob("*.yaml")], n=1)
+        hint = f" Did you mean {folder / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: no such file; expected a YAML file, or key=value words.{hint}")
+    return file.read_text(encoding="utf-8")
 
 
 def _assign(tree: Any, key: str, text: str) -> list[str]:

@@ -1,17 +1,24 @@
-"""The folder of a run: who may write it, and whether a new run may go on from what it holds."""
+"""The folder of a run: who may write it, where its files grow, and whether a new run may go on from what it holds."""
 
 import pathlib
 import secrets
+import shutil
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune import hosts
+from etils import epath
+
+from jaxtune import hosts, hub
 from jaxtune.config import Config
 from jaxtune.decode import ConfigError, from_tree, read_yaml, to_yaml
 from jaxtune.run_lock import RunLock
 
+STORES = ("gs://", "s3://")
 SEEN_AFTER_SECONDS = 20.0  # by another host: network file systems keep what they know of a folder for a while
+PUBLISH_SECONDS = 60.0  # how old what a bucket shows of growing files may be
 
 # What may differ between a run and its continuation: how long, how it is watched, and how (not what) is computed.
 MAY_CHANGE = (
@@ -79,7 +86,11 @@ def _wait_for(mark: Any) -> None:
 
 
 class RunFolder:
-    """OUTPUT, held by one process at a time through a lock that a dead holder does not keep."""
+    """OUTPUT, a folder or a bucket's, held by one process at a time through a lock that a dead holder does not keep.
+
+    `path` is where it lies. `local` is where files grow (metrics, TensorBoard's events): OUTPUT itself on a disk; an
+    object in a bucket cannot grow, so there it is a folder of this machine, which `publish` copies over.
+    """
 
     def __init__(self, path: str, *, say: Callable[[str], None] = print, holds: bool = True) -> None:
         """Makes the folder and takes its lock; a process that does not hold it, another host of the run, only looks.
@@ -87,25 +98,65 @@ class RunFolder:
         Raises:
             ValueError: another live run holds the folder, it holds something that is no run, or it cannot be written.
         """
-        if "://" in path:
-            raise ValueError(
-                f"output: found {path}; expected a folder of this machine's file system. Mount the bucket (gcsfuse, "
-                "s3fs, a Drive) and give the path where it is mounted, or copy the folder when the run has ended"
-            )
-        self.path = pathlib.Path(path).expanduser()
+        if hub.is_url(path) and not path.startswith(STORES):
+            raise ValueError(f"output: found {path}; expected a folder, or one of {', '.join(STORES)}")
+        self.path = epath.Path(path).expanduser()
+        self._say = say
         try:
             self._lock = None
             if holds:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._refuse_what_is_no_run()
                 self._lock = RunLock(str(self.path), say=say)
-        except OSError as error:
+        except (OSError, ImportError) as error:
             raise ValueError(f"output: {path} cannot be written ({error}); expected a folder of its own") from None
+        self.local = pathlib.Path(path).expanduser()
+        self._published: dict[pathlib.Path, tuple[int, int]] = {}
+        self._end = threading.Event()
+        self._publisher: threading.Thread | None = None
+        if hub.is_url(path):
+            self.local = pathlib.Path(tempfile.mkdtemp(prefix="jaxtune-run-"))
+            if holds:
+                self._fetch_grown()
+            self._publisher = threading.Thread(target=self._publish_often, daemon=True, name="run-folder-publisher")
+            self._publisher.start()
 
     def release(self) -> None:
-        """Gives the folder up."""
-        if self._lock is not None:
-            self._lock.release()
+        """Publishes what is not yet published, and gives the folder up."""
+        try:
+            if self._publisher is not None:
+                self._end.set()
+                self._publisher.join()
+                self.publish()
+                shutil.rmtree(self.local)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def publish(self) -> None:
+        """Copies the files that have grown to a bucket; on a disk they are there already."""
+        if self._publisher is None:
+            return
+        for file in sorted(self.local.rglob("*")):
+            if not file.is_file():
+                continue
+            state = (file.stat().st_size, file.stat().st_mtime_ns)
+            if self._published.get(file) != state:
+                target = self.path / file.relative_to(self.local).as_posix()
+                target.write_bytes(file.read_bytes())
+                self._published[file] = state
+
+    def _publish_often(self) -> None:
+        while not self._end.wait(PUBLISH_SECONDS):
+            try:
+                self.publish()
+            except OSError as error:
+                self._say(f"warning: {self.path}: logs could not be written ({error}); tried again in a minute")
+
+    def _fetch_grown(self) -> None:
+        """Brings the records of a run that is gone on with here, to be appended to."""
+        for file in self.path.glob("*.jsonl"):
+            (self.local / file.name).write_bytes(file.read_bytes())
 
     def check_lock(self) -> None:
         """Raises ValueError when another run has taken the folder over; call it before what that would destroy."""
@@ -161,6 +212,9 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Writes the resolved configuration; nothing is lost when the machine stops in between."""
+        if hub.is_url(str(self.path)):  # an object is written whole or not at all
+            (self.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            return
         aside = self.path / "config.yaml.tmp"
         aside.write_text(to_yaml(config), encoding="utf-8")
         aside.replace(self.path / "config.yaml")

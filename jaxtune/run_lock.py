@@ -112,7 +112,7 @@ class RunLock:
         return posixpath.join(self._place, str(number))
 
     def _content(self) -> bytes:
-        return json.dumps({**self._me, "heartbeat": time.time()}).encode()
+        return f'{json.dumps(self._me)[:-1]}, "heartbeat": {time.time():.3f}}}'.encode()
 
     def _remove(self, number: int) -> None:
         with contextlib.suppress(OSError):
@@ -128,12 +128,11 @@ class RunLock:
                 if alive:
                     self._lost = alive[0]
                     return
-                aside = f"{self._file(self._number)}.beat"
                 if hub.is_url(self._folder):
                     self._fs.pipe_file(self._file(self._number), self._content())
-                else:  # an object is replaced at once, a file is not
-                    self._fs.pipe_file(aside, self._content())
-                    os.replace(aside, self._file(self._number))
+                else:  # in place and of the same length: a file that is replaced may be missing from a listing
+                    with open(self._file(self._number), "r+b") as file:
+                        file.write(self._content())
 
 
 def _told(holder: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """A run from its configuration to the folders it exports, told in the order things happen."""
 
 import contextlib
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +64,7 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     mesh = jax.sharding.get_mesh()
     check_batch(config.train.microbatch_rows or config.train.batch_rows, mesh, key=_rows_key(config))
     with hosts.together():
-        inputs, config = open_inputs(config, str(folder.path), terminal)
+        inputs, config = open_inputs(config, str(folder.local), terminal)
     agreement.check_inputs(inputs.base.fingerprint, {"data": inputs.stream, "evaluation": inputs.eval_stream})
 
     checkpoints = _open_checkpoints(config, folder, terminal)
@@ -203,7 +202,7 @@ def _train(
     log: MetricsLog = SilentLog()
     if hosts.index() == 0:
         log = MetricsLog(
-            folder.path,
+            folder.local,
             resumed_step=start,
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
@@ -226,7 +225,7 @@ def _train(
         checkpoints=checkpoints,
         log=log,
         terminal=terminal,
-        watchdog=Watchdog(config.train.hang_seconds, folder.path / f"hang-host{hosts.index()}.txt"),
+        watchdog=Watchdog(config.train.hang_seconds, folder.local / f"hang-host{hosts.index()}.txt"),
         mesh=jax.sharding.get_mesh(),
         flops_per_token=_flops_per_token(config, plan),
         base_fingerprint=inputs.base.fingerprint,
@@ -361,5 +360,5 @@ def _summary(outcome: Outcome, hf: str | None, adapter: str | None) -> str:
     written = [path for path in (hf, adapter) if path]
     lines = ["; ".join(numbers), *(f"wrote {path}" for path in written)]
     if written:
-        lines.append(f"ask it: python -m jaxtune.chat {pathlib.Path(written[0])}")
+        lines.append(f"ask it: python -m jaxtune.chat {written[0]}")
     return "\n".join(lines)

@@ -14,11 +14,12 @@ import http.server
 import itertools
 import json
 import re
-import struct
 import threading
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import google_crc32c
 
 BUCKET = "bucket"
 
@@ -61,33 +62,13 @@ class Objects:
             "metageneration": "1",
             "size": str(len(stored.content)),
             "md5Hash": base64.b64encode(hashlib.md5(stored.content).digest()).decode(),
-            "crc32c": base64.b64encode(struct.pack(">I", crc32c(stored.content))).decode(),
+            "crc32c": base64.b64encode(google_crc32c.Checksum(stored.content).digest()).decode(),
             "etag": str(stored.generation),
             "contentType": "application/octet-stream",
             "timeCreated": "2026-01-01T00:00:00.000Z",
             "updated": "2026-01-01T00:00:00.000Z",
             "storageClass": "STANDARD",
         }
-
-
-def _table() -> list[int]:
-    out = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        out.append(byte)
-    return out
-
-
-_CRC = _table()
-
-
-def crc32c(content: bytes) -> int:
-    """CRC-32C (Castagnoli), which clients compare downloads by."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc = crc >> 8 ^ _CRC[(crc ^ byte) & 255]
-    return crc ^ 0xFFFFFFFF
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -107,7 +88,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            with contextlib.suppress(BrokenPipeError):  # a client that has heard enough
+                self.wfile.write(body)
 
     def tell(self, value: Any, code: int = 200) -> None:
         self.answer(code, json.dumps(value).encode())
@@ -197,6 +179,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.batch(body)
         elif found := re.fullmatch(r"/storage/v1/b/[^/]+/o/([^/]+)/(?:rewriteTo|copyTo)/b/[^/]+/o/([^/]+)", path):
             self.copy(*map(urllib.parse.unquote, found.groups()), query)
+        elif found := re.fullmatch(r"/storage/v1/b/[^/]+/o/([^/]+)/moveTo/o/([^/]+)", path):
+            source, target = map(urllib.parse.unquote, found.groups())
+            with self.objects.lock:
+                moved = self.objects.by_name.pop(source, None)
+                self.refuse(404) if moved is None else self.written(target, moved.content, query)
         elif found := re.fullmatch(r"/storage/v1/b/[^/]+/o/([^/]+)/compose", path):
             names = [one["name"] for one in json.loads(body)["sourceObjects"]]
             joined = b"".join(self.objects.by_name[name].content for name in names)

@@ -9,6 +9,7 @@ import sys
 import time
 
 import gcs_server
+import gcsfs
 import pytest
 
 from jaxtune import hub, run_lock
@@ -35,6 +36,7 @@ def folder(request, tmp_path, monkeypatch):
     if request.param == "disk":
         yield str(tmp_path)
         return
+    gcsfs.GCSFileSystem.clear_instance_cache()  # or the last test's server would be asked
     with gcs_server.serve() as (_, variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
