@@ -111,6 +111,8 @@ class RunFolder:
         except (OSError, ImportError) as error:
             raise ValueError(f"output: {path} cannot be written ({error}); expected a folder of its own") from None
         self.local = pathlib.Path(path).expanduser()
+        # What hosts that do not hold the folder write in a bucket must not replace what the others do.
+        self._target = self.path if holds else self.path / "hosts" / str(hosts.index())
         self._published: dict[pathlib.Path, tuple[int, int]] = {}
         self._end = threading.Event()
         self._publisher: threading.Thread | None = None
@@ -142,7 +144,8 @@ class RunFolder:
                 continue
             state = (file.stat().st_size, file.stat().st_mtime_ns)
             if self._published.get(file) != state:
-                target = self.path / file.relative_to(self.local).as_posix()
+                target = self._target / file.relative_to(self.local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
                 self._published[file] = state
 

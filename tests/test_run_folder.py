@@ -1,7 +1,5 @@
 """One run writes a folder at a time, and only the run that it holds goes on."""
 
-import pathlib
-
 import pytest
 
 from jaxtune import run_folder
@@ -27,13 +25,11 @@ def test_checkpoints_without_their_configuration_are_not_gone_on_with(tmp_path):
     folder.release()
 
 
-def test_a_tilde_is_the_home_and_a_bucket_is_refused(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = RunFolder("~/run")
     folder.release()
     assert folder.path == tmp_path / "run"
-    with pytest.raises(ValueError, match=r"output: found gs://bucket/run; .*Mount the bucket"):
-        RunFolder("gs://bucket/run")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +105,7 @@ def test_keys_that_may_change_are_keys():
 def test_the_configuration_of_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
     folder = held(tmp_path)
     before = (tmp_path / "config.yaml").read_text()
-    monkeypatch.setattr(pathlib.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("power lost")))
+    monkeypatch.setattr(type(folder.path), "replace", lambda *_: (_ for _ in ()).throw(OSError("power lost")))
     with pytest.raises(OSError):
         folder.write_config(config("train.steps=9"))
     assert (tmp_path / "config.yaml").read_text() == before == to_yaml(config())
