@@ -9,8 +9,9 @@ from flax import nnx
 
 from jaxtune.convert.folder import open_folder
 from jaxtune.convert.gguf import check, commands
-from jaxtune.convert.hf import export_folder, file_dtypes, load_params
+from jaxtune.convert.hf import file_dtypes, load_params
 from jaxtune.convert.peft import load_adapter
+from jaxtune.convert.writing import export_folder
 from jaxtune.data.chat.templates import load_template, load_tokenizer
 from jaxtune.models.registry import family_of
 from jaxtune.opening import TOKENIZER_FILES, Place, declare, find

@@ -143,14 +143,16 @@ def take(
     transpose: bool,
     dtype: Any,
     update: tuple[jax.Array, jax.Array, float] | None = None,
-) -> np.ndarray:
-    """Brings one tensor back to the host as a checkpoint holds it; every process must call it, and all get it.
+    wanted: bool = True,
+) -> np.ndarray | None:
+    """Brings one tensor back to the host as a checkpoint holds it; every process must call it.
 
     Args:
         leaf: the parameter, `[in out]` or stacked `[L in out]`, `[L E in out]`.
         index: which layer, and which expert, of a stacked parameter; empty where it is not stacked.
         dtype: of the result; cast once, at the end.
         update: an adapter's (A, B, scale), added in float32.
+        wanted: whether this process wants it; the others get None, and no memory of the host is taken.
     """
     leaves: tuple[jax.Array, ...] = (leaf,)
     scale = None
@@ -160,4 +162,4 @@ def take(
     if jax.process_count() > 1 and isinstance(leaf.sharding, NamedSharding):
         everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     taken = _taker(transpose, scale, np.dtype(dtype), everywhere)(leaves, index)
-    return np.asarray(taken)
+    return np.asarray(taken) if wanted else None

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtune import adapters, agreement, assembly, card, hosts
 from jaxtune.checkpoint import Checkpoints, Patience
 from jaxtune.config import Config
-from jaxtune.convert.hf import check_space, export_folder
 from jaxtune.convert.peft import export_adapter
+from jaxtune.convert.writing import check_space, export_folder
 from jaxtune.data.stream import Stream
 from jaxtune.faults import Watchdog
 from jaxtune.inputs import Inputs, count_steps, open_inputs

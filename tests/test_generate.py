@@ -18,7 +18,7 @@ from jaxtune import answering, generate
 from jaxtune.answering import Answerer, TextStream
 from jaxtune.asking import Sampling
 from jaxtune.convert.folder import open_folder
-from jaxtune.convert.hf import export_folder
+from jaxtune.convert.writing import export_folder
 from jaxtune.data.chat.templates import load_tokenizer
 from jaxtune.decoding import CHOICES, Rows, nucleus
 from jaxtune.opening import find, open_model

@@ -25,7 +25,8 @@ from flax import nnx
 from jaxtune import assembly
 from jaxtune.config import TuningConfig
 from jaxtune.convert.folder import open_folder
-from jaxtune.convert.hf import load_params, name_table, pack_header
+from jaxtune.convert.hf import load_params, name_table
+from jaxtune.convert.writing import pack_header
 from jaxtune.decode import decode
 from jaxtune.models.attention import xla
 from jaxtune.models.registry import family_of

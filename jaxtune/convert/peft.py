@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxtune import placement
+from jaxtune import hosts, placement
 from jaxtune.convert import folder as folders
-from jaxtune.convert import hf
+from jaxtune.convert import hf, writing
 from jaxtune.convert.folder import DTYPES, HFFolder, TensorInfo
 from jaxtune.convert.hf import Path, Place
 from jaxtune.models.layers import LoRAParam
@@ -53,7 +53,7 @@ def export_adapter(
 ) -> None:
     """Writes the state's adapters as a PEFT folder in float32, with the base's tokenizer files.
 
-    Every process must call this; process 0 writes. The folder is opened again and checked at the end.
+    Every host must call this; host 0 writes. The folder is opened again and checked at the end.
 
     Args:
         state: at least the `LoRAParam`s.
@@ -72,35 +72,33 @@ def export_adapter(
         stop = at + 4 * math.prod(shape)
         header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, stop]}
         at = stop
-    raw = hf.pack_header(header)
+    raw = writing.pack_header(header)
     fs, root = fsspec.core.url_to_fs(out_dir)
-    stream = None
-    if jax.process_index() == 0:
-        fs.makedirs(root, exist_ok=True)
-        hf.check_space(out_dir, len(raw) + at)
-        stream = fs.open(f"{root}/{WEIGHTS}", "wb")
-        stream.write(raw)
-    for path, place in places.values():
-        array = placement.take(variables[path].get_value(), place.index, transpose=True, dtype=np.float32)
-        if stream:
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    if stream:
-        stream.close()
-        hf.copy_companions(base, fs, root)
-        if chat_template is not None:
-            hf.write_chat_template(fs, root, chat_template)
-        card = readme or f"---\nbase_model: {base_name}\nlibrary_name: peft\n---\n"
-        with fs.open(f"{root}/README.md", "wb") as file:
-            file.write(card.encode())
-        names = sorted({key.split(".")[-3] for key in places})
-        task_type = family_of(base.config, where=base.path).task_type
-        config = _adapter_config(variables, names, base_name, revision) | {
-            "task_type": task_type,
-            "fan_in_fan_out": any(not place.transpose for _, place in places.values()),  # GPT-2's matrices are [in out]
-        }
-        hf.write_json(fs, f"{root}/{CONFIG}", config)
-        if open_adapter(out_dir).folder.headers[WEIGHTS] != raw:
-            raise ValueError(f"{out_dir}: {WEIGHTS} read back differs from what was written; check the disk")
+    leads = hosts.index() == 0
+    with hosts.together():
+        if leads:
+            fs.makedirs(root, exist_ok=True)
+            writing.check_space(out_dir, len(raw) + at)
+    with writing.Output(fs, f"{root}/{WEIGHTS}" if leads else None) as output:
+        output.write(raw)
+        for path, place in places.values():
+            leaf = variables[path].get_value()
+            array = placement.take(leaf, place.index, transpose=True, dtype=np.float32, wanted=output.is_open)
+            if array is not None:
+                output.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    with hosts.together():
+        output.check()
+        if leads:
+            writing.copy_companions(base, fs, root)
+            if chat_template is not None:
+                writing.write_chat_template(fs, root, chat_template)
+            card = readme or f"---\nbase_model: {base_name}\nlibrary_name: peft\n---\n"
+            with fs.open(f"{root}/README.md", "wb") as file:
+                file.write(card.encode())
+            # Last, so that a folder cut off half-way is not taken for an adapter.
+            writing.write_json(fs, f"{root}/{CONFIG}", _adapter_config(base, variables, places, base_name, revision))
+            if open_adapter(out_dir).folder.headers[WEIGHTS] != raw:
+                raise ValueError(f"{out_dir}: {WEIGHTS} read back differs from what was written; check the disk")
 
 
 def _adapter_places(base: HFFolder, variables: dict[Path, Any]) -> dict[str, tuple[Path, Place]]:
@@ -116,7 +114,11 @@ def _adapter_places(base: HFFolder, variables: dict[Path, Any]) -> dict[str, tup
 
 
 def _adapter_config(
-    variables: dict[Path, Any], names: list[str], base_name: str, revision: str | None
+    base: HFFolder,
+    variables: dict[Path, Any],
+    places: dict[str, tuple[Path, Place]],
+    base_name: str,
+    revision: str | None,
 ) -> dict[str, Any]:
     """Returns adapter_config.json: the keys that every PEFT since 0.5 reads and no more (unknown ones warn)."""
     lora_a = next(variable for path, variable in variables.items() if path[-1] == "lora_a")
@@ -130,7 +132,9 @@ def _adapter_config(
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": options["dropout"],
-        "target_modules": names,
+        "target_modules": sorted({key.split(".")[-3] for key in places}),
+        "task_type": family_of(base.config, where=base.path).task_type,
+        "fan_in_fan_out": any(not place.transpose for _, place in places.values()),  # GPT-2's matrices are [in out]
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,

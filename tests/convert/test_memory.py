@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxtune.convert.hf import pack_header
+from jaxtune.convert.writing import pack_header
 
 # 2.4 GiB in bfloat16 in 6 files: 16 layers of width 2048, one tensor at most 250 MiB.
 CONFIG = {
@@ -39,7 +39,7 @@ def watch():
         time.sleep(0.005)
 import jax
 from flax import nnx
-from jaxtune.convert import hf
+from jaxtune.convert import hf, writing
 from jaxtune.convert.folder import open_folder
 from jaxtune.models.decoder import Decoder
 from jaxtune.models.registry import family_of
@@ -54,7 +54,7 @@ state = hf.load_params(folder, abstract, shardings=parameter_shardings(abstract,
 loaded = peak[0]
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 peak[0] = 0
-hf.export_folder(folder, state, sys.argv[2])
+writing.export_folder(folder, state, sys.argv[2])
 print(json.dumps({"before": before, "loading": loaded, "writing": peak[0], "size": size}))
 """
 

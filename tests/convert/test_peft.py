@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxtune import adapters
-from jaxtune.convert import hf
 from jaxtune.convert import peft as adapter_folders
+from jaxtune.convert import writing
 from jaxtune.convert.folder import open_folder
 from jaxtune.models.layers import LoRAParam
 from jaxtune.sharding import make_mesh, parameter_shardings
@@ -88,7 +88,7 @@ def test_adapter_on_experts_loads_in_peft_with_our_logits(tmp_path):
     model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
     np.testing.assert_allclose(torch_logits(model), our_logits(decoder), atol=2e-4, rtol=0)
     assert np.abs(torch_logits(model) - before).max() > 0.1
-    hf.export_folder(open_folder(base), nnx.state(decoder), str(tmp_path / "merged"))
+    writing.export_folder(open_folder(base), nnx.state(decoder), str(tmp_path / "merged"))
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(torch_logits(merged), our_logits(decoder), atol=2e-4, rtol=0)
     again, _ = models_helpers.load(base)
@@ -144,7 +144,7 @@ def test_adapter_of_peft_is_read_with_its_logits(rslora, mesh, tmp_path):
 def test_merged_export_equals_the_adapter(kind, tmp_path):
     base = hf_folders.tiny_folder(kind, tmp_path / "base", max_shard_size="20KB")
     decoder = adapted(base)
-    hf.export_folder(open_folder(base), nnx.state(decoder), str(tmp_path / "out"))
+    writing.export_folder(open_folder(base), nnx.state(decoder), str(tmp_path / "out"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     np.testing.assert_allclose(torch_logits(model), our_logits(decoder), atol=1e-4, rtol=0)
     merged = adapters.merge(nnx.state(decoder))

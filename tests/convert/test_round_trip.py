@@ -15,7 +15,7 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxtune.convert import hf
+from jaxtune.convert import hf, writing
 from jaxtune.convert.folder import open_folder
 from jaxtune.models.registry import family_of
 from jaxtune.sharding import make_mesh, parameter_shardings
@@ -60,7 +60,7 @@ def test_zero_step_round_trip_is_byte_equal(kind, dtype, tmp_path, shared):
     base = hf_folders.tiny_folder(kind, tmp_path / "base", max_shard_size="20KB", dtype=dtype, tokenizer=tokenizer)
     assert (base / "model.safetensors.index.json").exists()
     folder, state = state_of(base, dtype_of=hf.file_dtypes(open_folder(base)))
-    hf.export_folder(folder, state, str(tmp_path / "out"))
+    writing.export_folder(folder, state, str(tmp_path / "out"))
     assert_same_files(base, tmp_path / "out")
 
 
@@ -70,7 +70,7 @@ def test_round_trip_of_a_real_checkpoint_over_a_mesh(tmp_path, shared):
     kernel = state["groups"][0][0]["mlp"]["gate_proj"]["kernel"].get_value()
     assert len(kernel.sharding.device_set) == 8
     assert kernel.addressable_shards[0].data.shape == (5, 64 // 4, 172 // 2)
-    hf.export_folder(folder, state, str(tmp_path / "out"))
+    writing.export_folder(folder, state, str(tmp_path / "out"))
     assert_same_files(base, tmp_path / "out")
 
 
@@ -78,7 +78,7 @@ def test_bfloat16_file_held_in_float32_comes_back_byte_equal(tmp_path):
     base = hf_folders.tiny_folder("llama31", tmp_path / "base", dtype=torch.bfloat16)
     folder, state = state_of(base, dtype_of=lambda path: jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
-    hf.export_folder(folder, state, str(tmp_path / "out"))
+    writing.export_folder(folder, state, str(tmp_path / "out"))
     assert_same_files(base, tmp_path / "out")
 
 
@@ -89,11 +89,11 @@ def test_tensors_that_carry_no_weights_and_tied_heads_survive(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.arange(4, dtype=np.float32)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     folder, state = state_of(base)
-    hf.export_folder(folder, state, str(tmp_path / "same"))
+    writing.export_folder(folder, state, str(tmp_path / "same"))
     assert_same_files(base, tmp_path / "same")
     embedding = state["embed"]["embedding"]
     embedding.set_value(embedding.get_value() + 1)
-    hf.export_folder(folder, state, str(tmp_path / "moved"))
+    writing.export_folder(folder, state, str(tmp_path / "moved"))
     moved = load_file(tmp_path / "moved" / "model.safetensors")
     np.testing.assert_array_equal(moved["lm_head.weight"], tensors["lm_head.weight"] + 1)
 
@@ -102,7 +102,7 @@ def test_tensors_that_carry_no_weights_and_tied_heads_survive(tmp_path):
 def test_export_loads_in_transformers_with_equal_logits(kind, tmp_path):
     base = hf_folders.tiny_folder(kind, tmp_path / "base")
     folder, state = state_of(base)
-    hf.export_folder(folder, jax.tree.map(lambda x: x * 1.01, state), str(tmp_path / "out"))
+    writing.export_folder(folder, jax.tree.map(lambda x: x * 1.01, state), str(tmp_path / "out"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     decoder, _ = models_helpers.load(tmp_path / "out")
     tokens = np.arange(3, 23)[None]
@@ -117,7 +117,7 @@ def test_model_without_base_weights_is_written_in_the_familys_order(tmp_path):
     _, state = state_of(base)
     (base / "model.safetensors").unlink()
     folder = open_folder(base, needs_weights=False)
-    hf.export_folder(folder, state, str(tmp_path / "out"))
+    writing.export_folder(folder, state, str(tmp_path / "out"))
     out = open_folder(tmp_path / "out")
     assert next(iter(out.tensors)) == "model.embed_tokens.weight"
     assert list(out.tensors)[-1] == "lm_head.weight"
@@ -137,7 +137,7 @@ def test_either_rope_style_is_read_the_same_and_both_are_written(style, tmp_path
         hf_folders.rewrite_config(base, drop=("rope_parameters",), **old)
     folder, state = state_of(base)
     assert models_helpers.load(base)[1].groups[0].pattern[0].rope.kind == "llama3"
-    hf.export_folder(folder, state, str(tmp_path / "out"))
+    writing.export_folder(folder, state, str(tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5000.0
     assert written["rope_scaling"]["factor"] == written["rope_parameters"]["factor"] == 8.0
@@ -148,7 +148,7 @@ def test_stop_ids_and_template_are_gained_and_nothing_else_changes(tmp_path, sha
     base = hf_folders.tiny_folder("llama31", tmp_path / "base", tokenizer=shared / "tokenizer" / "llama2_hf")
     (base / "generation_config.json").write_text('{"eos_token_id": 2, "pad_token_id": 0, "temperature": 0.6}')
     folder, state = state_of(base)
-    hf.export_folder(folder, state, str(tmp_path / "out"), chat_template="{{ messages }}", stop_ids=(2, 7, 0))
+    writing.export_folder(folder, state, str(tmp_path / "out"), chat_template="{{ messages }}", stop_ids=(2, 7, 0))
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [2, 7], "pad_token_id": 0, "temperature": 0.6}
     before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (base, tmp_path / "out"))
@@ -162,5 +162,5 @@ def test_dtype_of_each_file_tensor_is_kept(tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(ml_dtypes.bfloat16)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     folder, state = state_of(base)
-    hf.export_folder(folder, state, str(tmp_path / "out"))
+    writing.export_folder(folder, state, str(tmp_path / "out"))
     assert_same_files(base, tmp_path / "out")

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxtune import adapters
-from jaxtune.convert import hf
+from jaxtune.convert import hf, writing
 from jaxtune.convert import peft as adapter_folders
 from jaxtune.convert.folder import open_folder
 from jaxtune.models.layers import LoRAParam
@@ -56,7 +56,7 @@ def test_zero_step_round_trip_is_byte_equal(kind, dtype, tmp_path):
     for name in ("spiece.model", "tokenizer.json", "special_tokens_map.json"):
         (base / name).write_bytes(b"whatever \xff" + name.encode())
     folder, state = state_of(base, dtype_of=hf.file_dtypes(open_folder(base)))
-    hf.export_folder(folder, state, str(tmp_path / "out"))
+    writing.export_folder(folder, state, str(tmp_path / "out"))
     assert_same_files(base, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["own_key"] == [1, {"a": None}]
 
@@ -66,7 +66,7 @@ def test_round_trip_over_a_mesh(tmp_path):
     folder, state = state_of(base, mesh=make_mesh({"fsdp": 4, "tensor": 2}))
     kernel = state["decoder"]["layers"]["mlp"]["wi_0"]["kernel"].get_value()
     assert kernel.addressable_shards[0].data.shape == (2, 32 // 4, 48 // 2)
-    hf.export_folder(folder, state, str(tmp_path / "out"))
+    writing.export_folder(folder, state, str(tmp_path / "out"))
     assert_same_files(base, tmp_path / "out")
 
 
@@ -77,11 +77,11 @@ COPIES = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
 def test_copies_of_the_embedding_stay_copies(kind, names, tmp_path):
     base = with_copies(t5_folders.tiny_folder(kind, tmp_path / "base"), names)
     folder, state = state_of(base)
-    hf.export_folder(folder, state, str(tmp_path / "same"))
+    writing.export_folder(folder, state, str(tmp_path / "same"))
     assert_same_files(base, tmp_path / "same")
     embedding = state["embed"]["embedding"]
     embedding.set_value(embedding.get_value() + 1)
-    hf.export_folder(folder, state, str(tmp_path / "moved"))
+    writing.export_folder(folder, state, str(tmp_path / "moved"))
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "moved"))
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved == {"shared.weight", *names}
@@ -91,7 +91,7 @@ def test_copies_of_the_embedding_stay_copies(kind, names, tmp_path):
 def test_an_export_opens_in_transformers_with_our_logits(kind, tmp_path):
     base = t5_folders.tiny_folder(kind, tmp_path / "base")
     folder, state = state_of(base)
-    hf.export_folder(folder, jax.tree.map(lambda x: x * 1.01, state), str(tmp_path / "out"))
+    writing.export_folder(folder, jax.tree.map(lambda x: x * 1.01, state), str(tmp_path / "out"))
     model, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
     encoder, decoder = np.arange(3, 23)[None], np.arange(0, 9)[None]

@@ -20,7 +20,7 @@ import t5_folders
 from flax import nnx
 
 from jaxtune import adapters, hub
-from jaxtune.convert import hf, peft
+from jaxtune.convert import peft, writing
 from jaxtune.convert.folder import open_folder
 from jaxtune.data.chat.templates import load_template, load_tokenizer
 from jaxtune.models.layers import LoRAParam
@@ -47,7 +47,7 @@ def write_variant(kind: str, folder: pathlib.Path) -> None:
             variable.set_value(0.05 * jax.random.normal(jax.random.key(len(str(path))), variable.shape))
     opened = open_folder(base)
     state = nnx.state(decoder)
-    hf.export_folder(opened, state, str(folder / "hf"))
+    writing.export_folder(opened, state, str(folder / "hf"))
     peft.export_adapter(opened, state, str(folder / "adapter"), base_name="org/base", revision=None)
     tokens = np.random.default_rng(1).integers(3, 97, (2, 150))  # past every window and the scaled rope's own length
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
@@ -64,7 +64,7 @@ def write_pair_variant(kind: str, folder: pathlib.Path) -> None:
         if path[-1] == "lora_b":
             variable.set_value(0.1 * jax.random.normal(jax.random.key(len(str(path))), variable.shape))
     opened = open_folder(base)
-    hf.export_folder(opened, nnx.state(model), str(folder / "hf"))
+    writing.export_folder(opened, nnx.state(model), str(folder / "hf"))
     peft.export_adapter(opened, nnx.state(model), str(folder / "adapter"), base_name="org/base", revision=None)
     encoder, decoder = (np.random.default_rng(n).integers(3, 97, (2, 40)) for n in (1, 2))
     logits = t5_folders.logits(model, *t5_folders.whole(encoder), *t5_folders.whole(decoder))

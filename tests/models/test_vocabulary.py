@@ -14,7 +14,7 @@ from jaxtune import adapters, assembly
 from jaxtune.adafactor import adafactor
 from jaxtune.batch import Batch
 from jaxtune.config import TuningConfig
-from jaxtune.convert import hf
+from jaxtune.convert import hf, writing
 from jaxtune.convert.folder import open_folder
 from jaxtune.decoding import Rows, make_decoding
 from jaxtune.loss import token_losses
@@ -46,7 +46,7 @@ def test_rows_behind_the_vocabulary_are_zeros_and_are_not_counted(opened):
 def test_what_is_written_has_the_vocabulary_alone(opened, tmp_path):
     path, decoder, _ = opened
     base = open_folder(path)
-    hf.export_folder(base, nnx.state(decoder), str(tmp_path))
+    writing.export_folder(base, nnx.state(decoder), str(tmp_path))
     assert (tmp_path / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 

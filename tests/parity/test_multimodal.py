@@ -13,8 +13,8 @@ from hf_kinds import GEMMA3, SIZES
 from parity_helpers import TOLERANCE, tokens_of, torch_logits
 
 from jaxtune import adapters
-from jaxtune.convert import hf
 from jaxtune.convert import peft as adapter_folders
+from jaxtune.convert import writing
 from jaxtune.convert.folder import open_folder
 from jaxtune.models.layers import LoRAParam
 
@@ -55,7 +55,7 @@ def test_image_tower_is_written_back(folder, tmp_path):
     opened = open_folder(path)
     assert any("vision_tower" in name for name in opened.tensors)
     decoder, _ = models_helpers.load(path)
-    hf.export_folder(opened, nnx.state(decoder), str(tmp_path / "out"))
+    writing.export_folder(opened, nnx.state(decoder), str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
