@@ -1,8 +1,8 @@
 """Where arrays lie: the mesh, and one table from logical axes to mesh axes.
 
 A parameter names its axes where it is declared (`vocab embed mlp heads kv_heads head_dim layers experts`), an
-activation where it is computed (`batch seq heads mlp`). This file alone says which mesh axis each of them is split
-over, so that a change of layout is a change of the table.
+activation where it is computed (`batch seq stream heads mlp`). This file alone says which mesh axis each of them is
+split over, so that a change of layout is a change of the table.
 """
 
 import math
@@ -40,6 +40,7 @@ PARAMETER_RULES: Mapping[str, str | None] = {
 ACTIVATION_RULES: Mapping[str, tuple[str, ...] | str | None] = {
     "batch": BATCH_AXES,
     "seq": "context",
+    "stream": ("context", "tensor"),  # the sequence between the halves of layers (Korthikanti et al. 2022)
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -185,11 +186,16 @@ def constrain_parameters(state: Any) -> Any:
 
 
 def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """Returns how an activation with these logical axes lies on the mesh (axes of size 1 or not dividing: whole)."""
+    """Returns how an activation with these logical axes lies on the mesh (axes of size 1 or not dividing: whole).
+
+    A sequence that context and tensor together do not divide is split over context alone.
+    """
     spec: list[Any] = []
     for name, size in zip(axes, shape, strict=True):
         rule = ACTIVATION_RULES[name] if name is not None else None
         names = (rule,) if isinstance(rule, str) else rule or ()
+        if name == "stream" and size % math.prod(mesh.shape[axis] for axis in names):
+            names = ("context",)
         ways = math.prod(mesh.shape[axis] for axis in names)
         spec.append(names if ways > 1 and size % ways == 0 else None)
     return PartitionSpec(*spec)

@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--topology", default="v5p:2x2x2")
-    parser.add_argument("--rows", type=int, default=2, help="rows per chip")
+    parser.add_argument(
+        "--rows", type=int, default=2, help="rows per chip (or chips that share rows)"
+    )
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int, help="another depth than the shape's")
     parser.add_argument("--hlo", type=pathlib.Path)
@@ -82,9 +84,10 @@ def main() -> None:
     shape = dict(SHAPES[options.shape])
     if options.layers:
         shape["num_hidden_layers"] = options.layers
-    rows = options.rows * len(devices)
-    config = decode(["model.path=shape", "output=none", "data.train.0.path=none", f"tuning.method={options.method}",
-                     f"train.batch_rows={rows}", *options.settings])  # fmt: skip
+    words = ["model.path=shape", "output=none", "data.train.0.path=none", f"tuning.method={options.method}"]
+    mesh = make_mesh(decode([*words, *options.settings]).mesh.model_dump(), devices)
+    rows = options.rows * len(devices) // mesh.shape["context"]
+    config = decode([*words, f"train.batch_rows={rows}", *options.settings])
     start = time.perf_counter()
     compiled = compile_step(config, shape, devices=devices, length=options.length)
     memory = compiled.memory_analysis()
@@ -95,7 +98,7 @@ def main() -> None:
         "method": options.method,
         "topology": options.topology,
         "jax": jax.__version__,
-        "tokens_per_chip": options.rows * options.length,
+        "tokens_per_chip": config.train.batch_rows * options.length // len(devices),
         "compile_seconds": round(time.perf_counter() - start, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
         "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 2),

@@ -7,17 +7,21 @@ packed examples apart (segments) is refused, whatever its speed.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import sharding
 
 LANES = 128  # splash's blocks are multiples of a TPU vector register's lanes
+MOST_PARTIAL_SUMS = 8  # of the gradient by the queries, each as large as the queries
 
 
 def xla(
@@ -46,6 +50,8 @@ def xla(
     """
     B, T, N, H = q.shape
     K = k.shape[2]
+    # Queries are split over the mesh's context axis; each device sees all keys of its rows.
+    k, v = (sharding.constrain(x, ("batch", None, "kv_heads", None)) for x in (k, v))
     wide = jnp.promote_types(q.dtype, jnp.float32)
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
     visible = (distance >= 0) & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
@@ -83,13 +89,17 @@ def splash(
     """Attends as `xla` does, by jax's splash attention kernel for TPU (T and S equal; no cache).
 
     The kernel masks by *index*: it relies on the positions of a segment standing in the row in order, one after
-    another, as packing lays them. Lengths that are no multiple of 128 are padded with segment 0.
+    another, as packing lays them. Lengths that are no multiple of 128 are padded with segment 0. Over the mesh's
+    context axis every device has a part of the queries, which the kernel's mask knows by their index in the whole row,
+    and gathers the keys and values.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
     if k.shape[1] != T:
         raise ValueError(f"splash attention: found {T} queries and {k.shape[1]} keys; expected equal lengths, use xla")
-    padded = -(-T // LANES) * LANES
+    mesh = jax.sharding.get_abstract_mesh()
+    context = 1 if mesh.empty else mesh.shape["context"]
+    padded = -(-T // (LANES * context)) * LANES * context
     grow = [(0, 0), (0, padded - T)]
     q, k, v = (jnp.pad(x, [*grow, (0, 0), (0, 0)]) if padded > T else x for x in (q * scale, k, v))
     segments = jnp.pad(q_segment_ids, grow) if padded > T else q_segment_ids
@@ -97,22 +107,29 @@ def splash(
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # B K S H
 
     sinks = sinks.astype(jnp.float32).reshape(K, N // K) if sinks is not None else None
+    kernel = _splash_kernel(padded, N // K, window, softcap, interpret, context)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None) -> jax.Array:
-        kernel = _splash_kernel(padded, q.shape[2], window, softcap, interpret)
-        ids = splash_attention.SegmentIds(segments, segments)
+    def attend(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: Any) -> jax.Array:
+        whole = segments
+        if context > 1:
+            k, v = (jax.lax.all_gather(x, "context", axis=2, tiled=True) for x in (k, v))
+            whole = jax.lax.all_gather(segments, "context", axis=1, tiled=True)
+        ids = splash_attention.SegmentIds(segments, whole)
         by_head = jax.vmap(kernel, in_axes=(0, 0, 0, None, 0))
         return jax.vmap(by_head, in_axes=(0, 0, 0, 0, None))(q, k, v, ids, sinks)
 
-    mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        # The compiler cannot split a Pallas call by itself. Every device runs the kernel on its rows and heads.
-        heads = sharding.activation_spec(("batch", "kv_heads", None, None, None), q.shape, mesh)
-        rows = jax.sharding.PartitionSpec(heads[0])
-        kv = jax.sharding.PartitionSpec(heads[0], heads[1])
-        of_heads = jax.sharding.PartitionSpec(heads[1])
-        attend = jax.shard_map(attend, in_specs=(kv, kv, kv, rows, of_heads), out_specs=kv, check_vma=False)
-    out = attend(q, k, v, segments, sinks)
+        # The compiler cannot split a Pallas call: every device runs the kernel on its rows, heads and queries.
+        rows, heads, _, part, _ = sharding.activation_spec(("batch", "kv_heads", None, "seq", None), q.shape, mesh)
+        of_q, of_kv = PartitionSpec(rows, heads, None, part), PartitionSpec(rows, heads, part)
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, part)))
+        attend = jax.shard_map(
+            attend,
+            in_specs=(of_kernel, of_q, of_kv, of_kv, PartitionSpec(rows, part), PartitionSpec(heads)),
+            out_specs=of_q,
+            check_vma=False,
+        )
+    out = attend(kernel, q, k, v, segments, sinks)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, padded, N, v.shape[-1])[:, :T]
 
 
@@ -122,19 +139,18 @@ def splash_interpreted(*arrays: jax.Array, **options: Any) -> jax.Array:
 
 
 def _splash_kernel(
-    length: int, group: int, window: int | None, softcap: float | None, interpret: bool
-) -> Callable[..., jax.Array]:
-    """Makes the kernel for `group` query heads on one kv head.
+    length: int, group: int, window: int | None, softcap: float | None, interpret: bool, context: int
+) -> Any:
+    """Makes the kernel for `group` query heads on one kv head, its queries split over `context` devices.
 
     One backward kernel for dq, dk and dv (fused), and one key block as long as the row there: with several, their dq
-    are partial sums in memory that are added afterwards.
+    are partial sums in memory that are added afterwards. Rows so long that these would fill the memory have a kernel
+    for dq and one for dk and dv.
     """
-    if window is None:
-        mask: Any = splash_attention.CausalMask((length, length))
-    else:
-        mask = splash_attention.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
-    q_block, kv_block = _block(length, 512), _block(length, 1024)
+    mask = _BandMask((length, length), window_size=(None if window is None else window - 1, 0), offset=0)
+    q_block, kv_block = _block(length // context, 512), _block(length, 1024)
     long_block = _block(length, 4096)
+    is_fused = length // long_block <= MOST_PARTIAL_SUMS
     sizes = splash_attention.BlockSizes(
         block_q=q_block,
         block_kv=kv_block,
@@ -142,17 +158,36 @@ def _splash_kernel(
         block_q_dkv=q_block,
         block_kv_dkv=long_block,
         block_kv_dkv_compute=_block(long_block, 512),
-        use_fused_bwd_kernel=True,
+        block_q_dq=None if is_fused else q_block,
+        block_kv_dq=None if is_fused else kv_block,
+        use_fused_bwd_kernel=is_fused,
     )
     return splash_attention.make_splash_mqa(
         splash_attention.splash_attention_mask.MultiHeadMask([mask] * group),
         block_sizes=sizes,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=context,
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
+
+
+class _BandMask(splash_attention.LocalMask):
+    """Tells of whole blocks by their corners whether all or nothing of them is seen.
+
+    The library looks at every pair of a row: 131,072 tokens are 17 thousand million of them, which takes minutes.
+    """
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        (first, end, _), (kv_first, kv_end, _) = (s.indices(n) for s, n in zip(index, self.shape, strict=True))
+        nearest, farthest = first - (kv_end - 1), end - 1 - kv_first  # distances from keys to queries
+        most = math.inf if self.window_size[0] is None else self.window_size[0]
+        if farthest < 0 or nearest > most:
+            return np.zeros((1, 1), bool)
+        if nearest >= 0 and farthest <= most:
+            return np.ones((1, 1), bool)
+        return super().__getitem__(index)
 
 
 def _block(length: int, limit: int) -> int:
@@ -181,6 +216,9 @@ def tokamax(
     """
     if sinks is not None:
         raise ValueError("model.attention: found 'tokamax', which has no attention sinks, as this model has; use xla")
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["context"] > 1:
+        raise ValueError("model.attention: found 'tokamax', which does not split a row; use xla, or mesh.context=1")
     import tokamax as library
 
     index = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]

@@ -107,7 +107,7 @@ class Layer(nnx.Module):
         if config.post_norm:
             attended = self.attention_post_norm(attended)
         middle = _add(x, attended, config.residual_scale)
-        middle = checkpoint_name(sharding.constrain(middle, ("batch", "seq", None)), "mid")
+        middle = checkpoint_name(sharding.constrain(middle, ("batch", "stream", None)), "mid")
         y = x if config.parallel else middle
         y = self.mlp_norm(y) if config.pre_norm else y
         if isinstance(self.mlp, SparseMlp):
@@ -116,7 +116,7 @@ class Layer(nnx.Module):
             y = self.mlp(y, dropout=dropout)
         if config.post_norm:
             y = self.mlp_post_norm(y)
-        return sharding.constrain(_add(middle, y, config.residual_scale), ("batch", "seq", None)), sums
+        return sharding.constrain(_add(middle, y, config.residual_scale), ("batch", "stream", None)), sums
 
 
 def _add(x: jax.Array, y: jax.Array, scale: float) -> jax.Array:
@@ -213,7 +213,7 @@ class Decoder(nnx.Module):
             x *= jnp.asarray(self.config.embed_scale, compute_dtype)
         if self.config.learned_positions:
             x += self.embed_positions(positions, dtype=compute_dtype)
-        x = sharding.constrain(x, ("batch", "seq", None))
+        x = sharding.constrain(x, ("batch", "stream", None))
         kv_positions, kv_segment_ids = positions, segment_ids
         if cache is not None:
             kv_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))

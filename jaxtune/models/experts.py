@@ -232,7 +232,7 @@ class SparseMlp(nnx.Module):
             if self.experts.shared_gate:
                 shared *= jax.nn.sigmoid(self.shared_gate(x, dropout))
             y += shared
-        return sharding.constrain(y, ("batch", "seq", None)), sums
+        return sharding.constrain(y, ("batch", "stream", None)), sums
 
     def _experts(self, x: jax.Array, weights: jax.Array, chosen: jax.Array, matmul: Matmul) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()

@@ -235,7 +235,7 @@ class T5(nnx.Module):
         return run.drop(self.decoder.norm(x), run.dropout(0), site="decoder end"), keys, values
 
     def _embed(self, tokens: jax.Array, run: Run, dtype: Any, *, side: str) -> jax.Array:
-        x = sharding.constrain(self.embed(tokens, dtype=dtype), ("batch", "seq", None))
+        x = sharding.constrain(self.embed(tokens, dtype=dtype), ("batch", "stream", None))
         return run.drop(x, run.dropout(0), site=f"{side} begin")
 
 

@@ -264,10 +264,10 @@ class Layer(nnx.Module):
         """Adds the mlp."""
         y = self.mlp(self.mlp_norm(x), run, dropout)
         x = x + run.drop(y, dropout, site="mlp")
-        return sharding.constrain(x, ("batch", "seq", None))
+        return sharding.constrain(x, ("batch", "stream", None))
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return checkpoint_name(sharding.constrain(x + y, ("batch", "seq", None)), "mid")
+        return checkpoint_name(sharding.constrain(x + y, ("batch", "stream", None)), "mid")
 
 
 class Stack(nnx.Module):

@@ -96,6 +96,49 @@ def test_splash_over_a_mesh_is_the_reference(sizes):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [{"context": 8}, {"context": 4, "tensor": 2}, {"fsdp": 4, "context": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "length"), [("xla", 40), ("splash_interpreted", 1024), ("splash_interpreted", 1000)]
+)
+def test_queries_split_over_devices_see_what_one_device_sees(sizes, kernel, length):
+    """Segments cross the devices' borders; a window, a soft-cap and sinks are at work, and gradients come back."""
+    arrays, segments, positions = inputs(length)
+    sinks = jnp.linspace(-1.0, 1.0, N)
+    slope = jax.random.normal(jax.random.key(9), arrays[0].shape)
+
+    def run(kernel, window, arrays, sinks):
+        def loss(arrays, sinks):
+            attend_with = functools.partial(kernel, softcap=3.0, sinks=sinks)
+            out = attend(attend_with, arrays, segments, positions, window)
+            return jnp.sum(out * slope), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(arrays, sinks)
+
+    for window in (None, 70):
+        expected = run(attention.xla, window, arrays, sinks)
+        with jax.set_mesh(make_mesh(sizes)):
+            found = run(attention.ATTENTIONS[kernel], window, arrays, sinks)
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_rows_too_long_for_partial_sums_have_a_kernel_each_way(monkeypatch):
+    monkeypatch.setattr(attention, "MOST_PARTIAL_SUMS", 0)
+    test_splash_is_the_reference_forward_and_backward(300, 5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 300])
+def test_what_is_known_of_whole_blocks_is_what_the_mask_says(window):
+    length = 640
+    mask = attention._BandMask((length, length), (None if window is None else window - 1, 0), 0)
+    distance = np.arange(length)[:, None] - np.arange(length)[None]
+    expected = (distance >= 0) & (distance < (window or length))
+    for q in range(0, length, 128):
+        for kv in range(0, length, 64):
+            at = (slice(q, q + 128), slice(kv, kv + 64))
+            np.testing.assert_array_equal(np.broadcast_to(mask[at], (128, 64)), expected[at])
+
+
 def test_float64_stays_float64():
     with jax.enable_x64(True):
         arrays, segments, positions = inputs(20, dtype=jnp.float64)
