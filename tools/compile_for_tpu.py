@@ -71,9 +71,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--topology", default="v5p:2x2x2")
-    parser.add_argument(
-        "--rows", type=int, default=2, help="rows per chip (or chips that share rows)"
-    )
+    parser.add_argument("--rows", type=int, default=2, help="rows per chip (or chips that share rows)")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int, help="another depth than the shape's")
     parser.add_argument("--hlo", type=pathlib.Path)
