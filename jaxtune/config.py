@@ -95,8 +95,8 @@ class TrainConfig(Section):
     )
     spike_factor: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="an update whose loss or gradient norm lies more than so many deviations above the running mean is "
-        "not applied, e.g. 6",
+        description="an update whose loss or gradient norm lies more than so many deviations above the median of the "
+        "last 64 is not applied, e.g. 6",
     )
     spike_patience: Positive = Field(
         3, description="with spike_factor: so many updates in a row not applied, and the run goes back to a checkpoint"

@@ -26,59 +26,66 @@ def test_two_hosts_learn_what_one_learns_from_the_same_rows(mixture, reference, 
     assert (tmp_path / "out" / "README.md").exists() and not list((tmp_path / "out").glob(".*"))
 
 
+def experts(mixture):
+    folder = mixture.root / "experts"
+    if not folder.exists():
+        tiny_runs.write_model(folder, "mixtral")
+    return folder
+
+
+def assert_the_same_everywhere(mixture, tmp_path, *more, shapes=((1, 8), (2, 4), (4, 2)), env=None, **tolerances):
+    """Runs the mixture on every shape (processes, devices of each) and compares the others with the first."""
+    for processes, devices in shapes:
+        mixture.finish(tmp_path / f"{processes}", *more, processes=processes, devices=devices, env=env or {})
+    for processes, _ in shapes[1:]:
+        assert_same_stream(tmp_path / f"{processes}", tmp_path / f"{shapes[0][0]}")
+        assert_close(tmp_path / f"{processes}", tmp_path / f"{shapes[0][0]}", **tolerances)
+
+
+METHODS = {"lora": (), "full": ("tuning.method=full", "optimizer.learning_rate=0.003")}
+LONGER = ("train.steps=20", "checkpoint.every_steps=10")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "experts"])
+def test_hosts_and_devices_change_nothing(mixture, tmp_path, method, sparse):
+    more = [*LONGER, "data.eval_fraction=0.1", "eval.every_steps=10", *METHODS[method]]
+    more += [f"model.path={experts(mixture)}", "mesh.expert=2"] if sparse else []
+    assert_the_same_everywhere(mixture, tmp_path, *more)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "experts"])
+def test_in_float64_hosts_and_devices_change_nothing_to_nine_digits(mixture, tmp_path, method, sparse):
+    more = [*LONGER, *METHODS[method]]
+    more += [f"model.path={experts(mixture)}", "mesh.expert=2"] if sparse else []
+    assert_the_same_everywhere(mixture, tmp_path, *more, env={"FLOAT64": "1"}, first=1e-9, last=1e-9)
+
+
 KINDS = {
-    "lora": (),
-    "full": ("tuning.method=full", "optimizer.learning_rate=0.003"),
     "accumulated": ("tuning.method=full", "train.microbatch_rows=8", "train.batch_rows=16"),
     "context": ("mesh.context=4", "mesh.fsdp=2"),
     "tensor": ("mesh.tensor=4", "mesh.fsdp=2"),
     "slices": ("mesh.slice=2", "mesh.fsdp=4"),
-    "data": ("mesh.data=4", "mesh.tensor=2", "mesh.fsdp=1"),
+    "all of a host's devices in one group": ("mesh.data=2", "mesh.tensor=4", "mesh.fsdp=1"),
+    "a group of both hosts": ("mesh.data=1", "mesh.tensor=8", "mesh.fsdp=1"),
     "workers": ("data.workers=2",),
     "phases": (
         "data.phases.0.mixing.rates=equal",
         "data.phases.0.until.tokens=1500",
         "data.phases.1.mixing.rates=proportional",
+        "data.train.0.weight=null",
+        "data.train.1.weight=null",
     ),
 }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "experts"])
-def test_hosts_and_devices_change_nothing(mixture, tmp_path, kind, sparse):
-    """1 process x 8 devices, 2 x 4 and 4 x 2, for 20 updates in float32."""
-    more = ["train.steps=20", "data.eval_fraction=0.1", "eval.every_steps=10", *KINDS[kind]]
-    if sparse:
-        if kind not in ("lora", "full"):
-            pytest.skip("experts are tried with two kinds")
-        more += [f"model.path={experts(mixture)}", "mesh.expert=2"]
-    for processes, devices in ((1, 8), (2, 4), (4, 2)):
-        mixture.finish(tmp_path / f"{processes}", *more, processes=processes, devices=devices)
-    for processes in (2, 4):
-        assert_same_stream(tmp_path / f"{processes}", tmp_path / "1")
-        assert_close(tmp_path / f"{processes}", tmp_path / "1")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "experts"])
-def test_in_float64_hosts_and_devices_change_nothing_to_nine_digits(mixture, tmp_path, method, sparse):
-    more = ["train.steps=20", f"tuning.method={method}", "optimizer.learning_rate=0.003"]
-    more += [f"model.path={experts(mixture)}", "mesh.expert=2"] if sparse else []
-    for processes, devices in ((1, 8), (2, 4), (4, 2)):
-        env = {"FLOAT64": "1"}
-        mixture.finish(tmp_path / f"{processes}", *more, processes=processes, devices=devices, env=env)
-    for processes in (2, 4):
-        assert_same_stream(tmp_path / f"{processes}", tmp_path / "1")
-        assert_close(tmp_path / f"{processes}", tmp_path / "1", first=1e-9, last=1e-9)
-
-
-def experts(mixture):
-    folder = mixture.root / "experts"
-    if not folder.exists():
-        tiny_runs.write_model(folder, "mixtral")
-    return folder
+def test_two_hosts_change_nothing_on_any_mesh(mixture, tmp_path, kind):
+    assert_the_same_everywhere(mixture, tmp_path, *LONGER, *KINDS[kind], shapes=((1, 8), (2, 4)))
 
 
 # Hosts that are not one run.
@@ -116,6 +123,7 @@ def test_hosts_that_do_not_share_the_output_folder_stop(mixture, tmp_path):
     assert "is not the folder that host 0 writes" in run.said(0) and "host 1 (" in run.said(0)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_two_hosts_goes_on_in_one(mixture, reference, tmp_path):
     """Stopped after 4 of 8 updates on 2 x 2; the rest on one device in one process."""
     output = tmp_path / "out"
