@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtune import adapters, agreement, assembly, card, hosts
 from jaxtune.checkpoint import Checkpoints, Patience
 from jaxtune.config import Config
-from jaxtune.convert.peft import export_adapter
-from jaxtune.convert.writing import check_space, export_folder
+from jaxtune.convert.writing import check_space
 from jaxtune.data.stream import Stream
+from jaxtune.exporting import export
 from jaxtune.faults import Watchdog
 from jaxtune.inputs import Inputs, count_steps, open_inputs
 from jaxtune.loop import Loop, Outcome
@@ -125,7 +125,15 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     if outcome.exit_code:
         terminal.say(f"stopped at step {outcome.step} of {steps}, saved; the same command goes on from there")
         return Result(outcome.exit_code, outcome.step, outcome.loss, outcome.eval_loss, config.output, None, None)
-    hf, adapter = _export(config, folder, inputs, plan, state, frozen, outcome, terminal)
+    text = card.model_card(config, inputs.base, inputs.stream, outcome)
+    with hosts.together():
+        folder.check_lock()
+        if hosts.index() == 0:
+            (folder.path / "README.md").write_text(text, encoding="utf-8")
+    hf, adapter = export(
+        config, inputs.base, inputs.template, state.trainable, frozen, str(folder.path), readme=text, terminal=terminal
+    )
+    terminal.say(_summary(outcome, hf, adapter))
     return Result(0, outcome.step, outcome.loss, outcome.eval_loss, config.output, hf, adapter)
 
 
@@ -312,41 +320,6 @@ def _flops_per_token(config: Config, plan: assembly.ModelPlan) -> float:
     embedding = 0 if plan.config.tie_embeddings else plan.config.vocab_size * plan.config.width
     passed = (total - embedding) / (2 if plan.config.is_encoder_decoder else 1)
     return (6.0 if config.tuning.method == "full" else 4.0) * passed
-
-
-def _export(
-    config: Config,
-    folder: RunFolder,
-    inputs: Inputs,
-    plan: assembly.ModelPlan,
-    state: TrainState,
-    frozen: nnx.State,
-    outcome: Outcome,
-    terminal: Terminal,
-) -> tuple[str | None, str | None]:
-    """Writes and re-opens OUTPUT/hf and OUTPUT/adapter; returns their paths."""
-    template = inputs.template
-    chosen = template is not None and config.data.template != "auto"
-    shared: dict[str, Any] = {"chat_template": template.template_text if template and chosen else None}
-    text = card.model_card(config, inputs.base, inputs.stream, outcome)
-    if hosts.index() == 0:
-        (folder.path / "README.md").write_text(text, encoding="utf-8")
-    hf = adapter = None
-    if plan.adapted and config.export.adapter:
-        adapter = str(folder.path / "adapter")
-        name, revision = card.base_identity(config, inputs.base)
-        with terminal.working(f"writing {adapter}"):
-            export_adapter(
-                inputs.base, state.trainable, adapter, base_name=name, revision=revision, readme=text, **shared
-            )
-    if config.export.hf:
-        hf = str(folder.path / "hf")
-        everything = nnx.merge_state(state.trainable, frozen)
-        stop_ids = tuple(template.stop_ids) if template is not None else ()
-        with terminal.working(f"writing {hf}"):
-            export_folder(inputs.base, everything, hf, stop_ids=stop_ids, **shared)
-    terminal.say(_summary(outcome, hf, adapter))
-    return hf, adapter
 
 
 def _summary(outcome: Outcome, hf: str | None, adapter: str | None) -> str:

@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training", "answering", "conversions", "checking", "examining"),
     ("parity", "describing"),
     ("loop", "opening"),
-    ("assembly", "card", "inputs", "watching", "agreement", "feeding"),
+    ("assembly", "card", "exporting", "inputs", "watching", "agreement", "feeding"),
     ("convert",),
     ("step", "router_loss", "adapters", "decoding"),
     ("models",),

@@ -1,10 +1,12 @@
-"""`python -m jaxtune.convert merge | check | gguf-check`: folders made into other folders, and looked over.
+"""`python -m jaxtune.convert merge | export | check | gguf-check`: folders made into other folders, and looked over.
 
     python -m jaxtune.convert merge runs/mine/adapter --output merged
+    python -m jaxtune.convert export runs/mine --step 1000 --output exported
     python -m jaxtune.convert check Qwen/Qwen2.5-0.5B
     python -m jaxtune.convert gguf-check runs/mine/hf
 
-`merge` writes an adapter's base with the adapter in its weights, a Hugging Face folder. `check` says whether and how a
+`merge` writes an adapter's base with the adapter in its weights, a Hugging Face folder. `export` writes hf/ and
+adapter/ of a run from one of its checkpoints, on as many hosts as it is started on. `check` says whether and how a
 model is supported, by its config.json and tensor by tensor; with torch installed it also compares its logits with those
 of transformers (exit code 0 when supported and at parity). `gguf-check` asks of a folder what llama.cpp's converter
 will ask, and prints the commands that make a GGUF file of it.
@@ -35,6 +37,14 @@ def _merge(flags: argparse.Namespace) -> int:
     from jaxtune import conversions  # only now: a mistake in a flag should not wait for jax
 
     conversions.merge(flags.adapter, flags.output, base=flags.base)
+    return 0
+
+
+def _export(flags: argparse.Namespace) -> int:
+    prepare_environment()
+    from jaxtune import conversions  # only now, as above
+
+    conversions.export(flags.run, step=flags.step, output=flags.output)
     return 0
 
 
@@ -73,7 +83,7 @@ def _gguf_check(flags: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"merge": _merge, "check": _check, "gguf-check": _gguf_check}
+COMMANDS = {"merge": _merge, "export": _export, "check": _check, "gguf-check": _gguf_check}
 
 
 def _say(text: str) -> None:
@@ -96,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("adapter", metavar="ADAPTER", help="PEFT folder or hub id")
     merge.add_argument("--output", required=True, metavar="DIR", help="new folder")
     merge.add_argument("--base", metavar="PATH", help="the base, if not where the adapter says")
+    export = commands.add_parser("export", help="a run's folders, from one of its checkpoints")
+    export.add_argument("run", metavar="RUN", help="output= folder of a run that is not under way")
+    export.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest intact one")
+    export.add_argument("--output", metavar="DIR", help="where hf/ and adapter/ go; default: RUN")
     check = commands.add_parser("check", help="is a model supported, and computed as transformers does?")
     check.add_argument("folder", metavar="FOLDER", help="Hugging Face folder or hub id; a run, or an adapter's base")
     check.add_argument("--length", type=int, metavar="N", help="tokens a row; default: past every window if affordable")
