@@ -125,12 +125,14 @@ class Watchdog:
 
 
 def leave_if_several(error: BaseException) -> None:
-    """In a run of several hosts, tells an error that this host alone may have met and ends the process: exit code 1.
+    """In a run of several hosts, ends the process with exit code 1 for an error that this host alone may have met.
 
-    At its proper end a process waits for all others, and those may be gone: that is what such errors often mean.
+    At its proper end a process waits for all others. Those may be gone, which is what such an error often means, or
+    wait for this one themselves. Only a surprise is told here, with its stack.
     """
-    if hosts.count() > 1:
-        traceback.print_exception(error)
+    if hosts.count() > 1 and not isinstance(error, hosts.ToldToAll):
+        if not isinstance(error, ValueError | OSError):
+            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

@@ -24,6 +24,10 @@ METADATA_SECONDS = 3.0
 _SHORTEST = 1024  # bytes that a message is padded to, so that few lengths are compiled
 
 
+class ToldToAll(ValueError):
+    """An error that every host raises at the same place, so that all can end in order."""
+
+
 def start(environment: Mapping[str, str] | None = None) -> None:
     """Joins the other hosts where the environment says that there are any; call it before any computation.
 
@@ -153,7 +157,7 @@ def together() -> Iterator[None]:
             everywhere = len(failed) == count() and len(set(told)) == 1
             lines = told[:1] if everywhere else [f"{names()[host]}: {told[host]}" for host in failed[:4]]
             more = f"\n... and {len(failed) - 4} more hosts" if len(failed) > 4 and not everywhere else ""
-            raise ValueError("\n".join(lines) + more) from failure
+            raise ToldToAll("\n".join(lines) + more) from failure
     if failure is not None:
         raise failure
 
@@ -174,7 +178,7 @@ def refuse_differences(what: Mapping[str, Any]) -> None:
             problems.append(f"{key}: {', '.join(others[:4])}{more}, the other {values.count(common)} have {common}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
+        raise ToldToAll(
             f"the hosts of this run disagree on {'; '.join(problems[:5])}{more}. Start every host with the same "
             "command on the same files"
         )

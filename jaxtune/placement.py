@@ -75,7 +75,7 @@ def _filler(transpose: bool, sharding: Sharding) -> Callable[[jax.Array, jax.Arr
         if isinstance(sharding, NamedSharding):
             one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[depth:]))
         moved = _move(rows, transpose, one).astype(stack.dtype)
-        start = [*index, *(jnp.zeros((), jnp.int32) for _ in moved.shape)]
+        start = [jnp.asarray(i, jnp.int32) for i in (*index, *(0 for _ in moved.shape))]  # one type, in x64 too
         return jax.lax.dynamic_update_slice(stack, moved.reshape((1,) * depth + moved.shape), start)
 
     return jax.jit(fill, donate_argnums=0, out_shardings=sharding)

@@ -51,12 +51,17 @@ def main(words: Sequence[str]) -> int:
         return train(config).exit_code
     except (ValueError, OSError) as error:  # OSError: a disk that fills up, a file taken away
         print(f"error: {error}", file=sys.stderr)
+        _end(error)
         return 1
     except Exception as error:
-        from jaxtune.faults import leave_if_several
-
-        leave_if_several(error)
+        _end(error)
         raise
+
+
+def _end(error: Exception) -> None:
+    from jaxtune.faults import leave_if_several
+
+    leave_if_several(error)
 
 
 if __name__ == "__main__":

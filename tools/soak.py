@@ -144,7 +144,13 @@ def differences(output: pathlib.Path, reference: pathlib.Path) -> list[str]:
     found = []
     if stream(output) != stream(reference) or len(stream(output)) != STEPS:
         found.append("the stream of examples")
-    arrays = [ocp.PyTreeCheckpointer().restore(f / "checkpoints" / str(STEPS) / "state") for f in (output, reference)]
+
+    def arrays_of(folder: pathlib.Path) -> dict[str, Any]:
+        state, reader = folder / "checkpoints" / str(STEPS) / "state", ocp.PyTreeCheckpointHandler()
+        plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in dict(reader.metadata(state))}
+        return ocp.Checkpointer(reader).restore(state, args=ocp.args.PyTreeRestore(restore_args=plain))
+
+    arrays = [arrays_of(folder) for folder in (output, reference)]
     for name, array in arrays[0].items():
         if np.asarray(array).tobytes() != np.asarray(arrays[1][name]).tobytes():
             found.append(f"the array {name}")

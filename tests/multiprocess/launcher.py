@@ -1,6 +1,7 @@
 """Starts the processes of a run on this machine, as a launcher of a pod does, and never leaves one behind."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import signal
@@ -19,6 +20,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _end_with_parent() -> None:
+    """In a child: the system kills it when the test's process ends, however that came."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
 
 
 class Run:
@@ -64,6 +70,7 @@ class Run:
                         env=environment,
                         stdout=log,
                         stderr=subprocess.STDOUT,
+                        preexec_fn=_end_with_parent,
                     )
                 )
 

@@ -41,6 +41,15 @@ def test_a_host_that_dies_ends_the_others_soon(mixture, tmp_path):
     assert time.monotonic() - killed < 90
 
 
+@pytest.mark.long
+def test_an_error_of_one_host_alone_ends_all_soon(mixture, tmp_path):
+    with mixture.start(tmp_path / "out", processes=2, devices=1, env={"FAILS_ALONE": "1"}) as run:
+        run.wait_until("error: [Errno 5]", host=1)
+        failed = time.monotonic()
+        codes = run.wait(150)
+    assert codes[1] == 1 and codes[0] not in (0, 143) and time.monotonic() - failed < 120
+
+
 def test_a_host_that_hangs_is_told_by_the_others_with_every_threads_stack(mixture, tmp_path):
     output = tmp_path / "out"
     with mixture.start(output, "train.steps=500", "train.hang_seconds=8", processes=2, devices=1) as run:

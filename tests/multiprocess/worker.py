@@ -1,7 +1,8 @@
 """One process of a run: the train command, with what a test wants changed in it.
 
 FLOAT64 computes and keeps all in float64. FAILING_SHARES=n: the first n of host 1's shares of a manifest cannot be
-written. SPIKES=a,b: the a-th and b-th batches ask for wrong tokens, so that their loss is far beyond the usual.
+written. FAILS_ALONE: host 1 cannot read its third batch.
+SPIKES=a,b: the a-th and b-th batches ask for wrong tokens, so that their loss is far beyond the usual.
 """
 
 import os
@@ -33,6 +34,18 @@ def failing_shares(times: int) -> None:
     checkpoint.write_share = write
 
 
+def fails_alone() -> None:
+    calls, real = [0], loop.Loop._put
+
+    def put(self, batch):
+        calls[0] += 1
+        if calls[0] == 3 and jax.process_index() == 1:
+            raise OSError(5, "Input/output error", "data.jsonl")
+        return real(self, batch)
+
+    loop.Loop._put = put
+
+
 def spikes(numbers: list[int]) -> None:
     calls, real = [0], loop.Loop._put
 
@@ -51,6 +64,8 @@ if __name__ == "__main__":
         in_float64()
     if os.environ.get("FAILING_SHARES"):
         failing_shares(int(os.environ["FAILING_SHARES"]))
+    if os.environ.get("FAILS_ALONE"):
+        fails_alone()
     if os.environ.get("SPIKES"):
         spikes([int(number) for number in os.environ["SPIKES"].split(",")])
     sys.exit(train.main(sys.argv[1:]))
