@@ -11,14 +11,15 @@ import fsspec
 import jax
 from flax import nnx
 
-from jaxtune import adapters, parity
+from jaxtune import adapters, fitting, parity
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.convert.hf import leaf_shape, name_table, variables_of
 from jaxtune.describing import Facts, describe, line, lines, some
+from jaxtune.fitting import NotCheckedError, Plan
 from jaxtune.models.family import Family
 from jaxtune.models.registry import family_of
 from jaxtune.opening import find
-from jaxtune.parity import Comparison, NotCheckedError, Plan
+from jaxtune.parity import Comparison
 
 Say = Callable[[str], None]
 
@@ -272,7 +273,7 @@ def _kernels(report: Report, config: Any) -> None:
 
 def _prove(report: Report, folder: HFFolder, length: int | None, say: Say) -> None:
     try:
-        plan = parity.plan(folder, length=length)
+        plan = fitting.plan(folder, length=length)
         _say_plan(plan, say)
         found = parity.run(plan)
     except NotCheckedError as error:
@@ -288,9 +289,11 @@ def _say_plan(plan: Plan, say: Say) -> None:
     part = "all layers"
     if plan.layers < plan.all_layers:
         part = f"only the first {plan.layers} of {plan.all_layers} layers, which is what fits the memory"
-    say(line("parity", f"{parity.ROWS} rows of {plan.length:,} random tokens (seed {parity.SEED}), {part}"))
+    say(line("parity", f"{fitting.ROWS} rows of {plan.length:,} random tokens (seed {parity.SEED}), {part}"))
     say(
-        line("", f"about {parity.gib(plan.needed)} of memory for one model at a time; {parity.gib(plan.free)} are free")
+        line(
+            "", f"about {fitting.gib(plan.needed)} of memory for one model at a time; {fitting.gib(plan.free)} are free"
+        )
     )
     if plan.left_out:
         say(line("", f"not among these layers, so not checked: {', '.join(plan.left_out)}"))
@@ -332,7 +335,7 @@ def _as_facts(plan: Plan, found: Comparison) -> Facts:
         "layers": plan.layers,
         "all_layers": plan.all_layers,
         "left_out": list(plan.left_out),
-        "rows": parity.ROWS,
+        "rows": fitting.ROWS,
         "seed": parity.SEED,
         "length": plan.length,
         "not_past": list(plan.unreached),

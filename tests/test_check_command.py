@@ -14,7 +14,7 @@ import transformers
 from hf_kinds import WITH_EXPERTS
 from safetensors.numpy import load_file, save_file
 
-from jaxtune import parity
+from jaxtune import fitting, parity
 from jaxtune.convert import __main__ as command
 from jaxtune.convert.folder import open_folder
 from jaxtune.models import registry
@@ -67,8 +67,9 @@ def test_a_supported_folder_is_at_parity(kind, folders, capsys):
 
 
 def test_what_was_read_is_said(folders, capsys, monkeypatch):
+    made = {kind: folders(kind) for kind in ("gemma2", "mixtral", "gpt_oss", "t5_1_1")}
     monkeypatch.setitem(sys.modules, "torch", None)  # the comparison has its own tests
-    _, out, _ = check(capsys, folders("gemma2"))
+    _, out, _ = check(capsys, made["gemma2"])
     for expected in (
         "model_type    gemma2, read as Gemma2ForCausalLM",
         "layers        3; width 32, mlp 48 (gelu_tanh)",
@@ -80,13 +81,13 @@ def test_what_was_read_is_said(folders, capsys, monkeypatch):
         "tensors       35 in 1 file (35 F32); 35 match by name and shape",
     ):
         assert expected in out
-    _, out, _ = check(capsys, folders("mixtral"))
+    _, out, _ = check(capsys, made["mixtral"])
     assert "experts       4 of width 48, 2 a token (softmax), in 3 layers" in out
     assert "lora on k_proj, o_proj, q_proj, v_proj (tuning.targets=all-linear)" in out
-    _, out, _ = check(capsys, folders("gpt_oss"))
+    _, out, _ = check(capsys, made["gpt_oss"])
     assert "no tokamax: it has no attention sinks" in out
     assert "no lora on experts" in out
-    _, out, _ = check(capsys, folders("t5_1_1"))
+    _, out, _ = check(capsys, made["t5_1_1"])
     assert "layers        3 of the encoder, 2 of the decoder" in out
     assert "no splash: the scores have biases for distances" in out
 
@@ -114,11 +115,11 @@ def test_json_says_the_same_and_nothing_else(folders, capsys, tmp_path):
 
 def test_rows_are_longer_than_every_window_where_that_is_affordable(folders, capsys, monkeypatch):
     config = json.loads((folders("gpt_oss") / "config.json").read_text())
-    assert config["sliding_window"] < parity.SHORT
-    monkeypatch.setattr(parity, "SHORT", 4)
+    assert config["sliding_window"] < fitting.SHORT
+    monkeypatch.setattr(fitting, "SHORT", 4)
     _, report = checked(capsys, folders("gpt_oss"))
     assert report["parity"]["length"] == config["sliding_window"] + 8
-    monkeypatch.setattr(parity, "PER_CORE", 1)
+    monkeypatch.setattr(fitting, "PER_CORE", 1)
     code, out, _ = check(capsys, folders("gpt_oss"))
     assert code == 0
     assert "2 rows of 4 random tokens" in out
@@ -259,9 +260,9 @@ def test_logits_that_are_no_numbers_are_not_at_parity(copy, capsys):
 @pytest.mark.parametrize("kind", ["llama31", "gemma2", "gemma3", "deepseek_v3", "smollm3", "gpt2", "t5_1_1"])
 def test_a_model_too_large_is_checked_by_its_first_layers(kind, folders, capsys, monkeypatch):
     opened = open_folder(folders(kind))
-    depth = parity.depth_of(opened.config)
-    free = parity.weigh(parity.first_layers(opened, depth - 1)).needs(parity.SHORT)
-    monkeypatch.setattr(parity, "free_memory", lambda: free)
+    depth = fitting.depth_of(opened.config)
+    free = fitting.weigh(fitting.first_layers(opened, depth - 1)).needs(fitting.SHORT)
+    monkeypatch.setattr(fitting, "free_memory", lambda: free)
     code, out, _ = check(capsys, folders(kind))
     assert code == 0, out
     assert "at parity     yes" in out
@@ -270,15 +271,15 @@ def test_a_model_too_large_is_checked_by_its_first_layers(kind, folders, capsys,
 
 def test_what_the_first_layers_lack_is_said(folders, capsys, monkeypatch):
     opened = open_folder(folders("deepseek_v3"))
-    free = parity.weigh(parity.first_layers(opened, 1)).needs(parity.SHORT)
-    monkeypatch.setattr(parity, "free_memory", lambda: free)
+    free = fitting.weigh(fitting.first_layers(opened, 1)).needs(fitting.SHORT)
+    monkeypatch.setattr(fitting, "free_memory", lambda: free)
     out = check(capsys, folders("deepseek_v3"))[1]
     assert "only the first 1 of 3 layers" in out
     assert "not among these layers, so not checked: experts" in out
 
 
 def test_too_little_memory_for_one_layer_says_how_much_is_needed(folders, capsys, monkeypatch):
-    monkeypatch.setattr(parity, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(fitting, "free_memory", lambda: 1 << 20)
     code, out, _ = check(capsys, folders("llama31"))
     assert code == 0
     assert "not checked: 1.0 MiB of memory are free; the first layer alone needs" in out

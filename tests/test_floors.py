@@ -17,6 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("train", "generate", "chat", "evaluate", "audit", "plan", "prepare", "doctor", "convert.__main__"),
     ("training", "answering", "conversions", "checking", "examining"),
     ("parity", "describing"),
+    ("fitting",),
     ("loop", "opening"),
     ("assembly", "card", "exporting", "inputs", "watching", "agreement", "feeding"),
     ("convert",),
