@@ -108,7 +108,7 @@ def resolve_compute(config: Config, plan: ModelPlan, platform: str) -> tuple[Com
         dropout_rate=config.model.dropout,
         load_balance=_load_balance(config.tuning, plan.config),
         router_z=config.tuning.router_z,
-        grouped_matmul=grouped.resolve(platform) if getattr(plan.config, "experts", None) else None,
+        expert_kernels=grouped.resolve(platform) if getattr(plan.config, "experts", None) else None,
     )
     return compute, reason
 

@@ -17,6 +17,7 @@ from jaxtune.batch import AnyBatch
 from jaxtune.guard import Guard, Limits, after, initial_guard, limits
 from jaxtune.loss import TokenLosses, token_losses
 from jaxtune.models.experts import RouterSums
+from jaxtune.models.grouped import Kernels
 from jaxtune.router_loss import RouterMetrics, load_balance, router_metrics, z_loss
 from jaxtune.sharding import constrain_parameters, parameter_shardings, replicated
 
@@ -83,7 +84,7 @@ class Compute(NamedTuple):
     number of parts that a batch is computed in; `train_head` says whether the unembedding is trained; `sources` is the
     number S of sources that losses are told for. `load_balance` and `router_z` are the coefficients of the losses of
     `router_loss`, each taken over a microbatch and weighted as its tokens are. `dropout_rate` is that of the model's
-    own dropout, which draws from `dropout_seed` as adapters' does. `grouped_matmul` is a resolved kernel of
+    own dropout, which draws from `dropout_seed` as adapters' does. `expert_kernels` are those of
     `models.grouped`, where the model has experts. An update more than `spike_factor` deviations above what is usual is
     not applied; None applies all.
     """
@@ -98,7 +99,7 @@ class Compute(NamedTuple):
     load_balance: float = 0.0
     router_z: float = 0.0
     dropout_rate: float = 0.0
-    grouped_matmul: Callable | None = None
+    expert_kernels: Kernels | None = None
     spike_factor: float | None = None
 
 
@@ -242,8 +243,8 @@ def _losses(model: Any, batch: AnyBatch, compute: Compute, keys: Any) -> tuple[T
     options: dict[str, Any] = {}  # what not every model takes
     if compute.dropout_rate:
         options["dropout_rate"] = compute.dropout_rate
-    if compute.grouped_matmul is not None:
-        options["grouped_matmul"] = compute.grouped_matmul
+    if compute.expert_kernels is not None:
+        options["expert_kernels"] = compute.expert_kernels
     output = model(
         *batch.inputs,
         compute_dtype=compute.dtype,

@@ -55,6 +55,15 @@ def test_long_rows_split_over_chips_compile(length: int, tmp_path: pathlib.Path)
     assert result["temporaries_gib"] < 2
 
 
+def test_experts_compile_with_grouped_matmuls_and_send_rows_to_their_devices(tmp_path: pathlib.Path) -> None:
+    words = ["--shape", "mixtral-small", "--method", "full", "mesh.expert=4"]
+    _, module = compile_small(tmp_path, *words)
+    sendings = re.findall(r"ragged-all-to-all\(", module)
+    assert len(sendings) == 6, "there and back, computed again, and the gradient of each"
+    kernels = re.findall(r"custom_call_target=\"tpu_custom_call\"", module)
+    assert len(kernels) == 14, "two of attention; three products, computed again, and two gradients of each"
+
+
 def test_depth_does_not_lengthen_the_module(tmp_path: pathlib.Path) -> None:
     lengths = [len(compile_small(tmp_path, "--layers", layers)[1].splitlines()) for layers in ("4", "16")]
     assert lengths[1] < 1.05 * lengths[0]

@@ -40,6 +40,10 @@ SHAPES = {
                       "num_attention_heads": 64},
     "llama-small": {**LLAMA_3_1, "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024,
                     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+    "mixtral-small": {"model_type": "mixtral", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024,
+                      "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128,
+                      "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+                      "rope_theta": 1e6, "max_position_embeddings": 32768},
 }  # fmt: skip
 
 

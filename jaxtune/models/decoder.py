@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtune import sharding
 from jaxtune.models.decoder_config import DecoderConfig, LayerGroup, LayerKind
 from jaxtune.models.experts import RouterSums, SparseMlp
-from jaxtune.models.grouped import Matmul, ragged_dot
+from jaxtune.models.grouped import REFERENCE, Kernels
 from jaxtune.models.layers import Dropout, Embedding, Head, LayerNorm, Linear, RMSNorm, head_logits
 from jaxtune.models.mlp import Mlp
 from jaxtune.models.rope import rope_tables
@@ -111,7 +111,7 @@ class Layer(nnx.Module):
         y = x if config.parallel else middle
         y = self.mlp_norm(y) if config.pre_norm else y
         if isinstance(self.mlp, SparseMlp):
-            y, sums = self.mlp(y, run.q_segment_ids, matmul=run.grouped_matmul, dropout=dropout)
+            y, sums = self.mlp(y, run.q_segment_ids, kernels=run.expert_kernels, dropout=dropout)
         else:
             y = self.mlp(y, dropout=dropout)
         if config.post_norm:
@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
         *,
         compute_dtype: jax.typing.DTypeLike,
         attention: Callable[..., jax.Array],
-        grouped_matmul: Matmul = ragged_dot,
+        expert_kernels: Kernels = REFERENCE,
         remat: str = "none",
         dropout_keys: jax.Array | None = None,
         cache: Cache | None = None,
@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
         Args:
             positions, segment_ids: int32 `[B T]`.
             attention: a function of `attention.ATTENTIONS`; with a cache it must be the `xla` one.
-            grouped_matmul: the products of experts, a function of `models.grouped`.
+            expert_kernels: how experts are computed, as `models.grouped.resolve` says.
             remat: a key of `REMAT_POLICIES`.
             dropout_keys: typed keys `[B]`, one per row; None turns dropout off.
             cache: written at its `length`.
@@ -221,7 +221,7 @@ class Decoder(nnx.Module):
         ropes = {kind.rope for group in self.config.groups for kind in group.pattern if kind.rope is not None}
         run = Pass(
             attention=attention,
-            grouped_matmul=grouped_matmul,
+            expert_kernels=expert_kernels,
             tables={
                 rope: rope_tables(rope, self.config.rope_dim, positions, segment_ids, dtype=compute_dtype)
                 for rope in ropes

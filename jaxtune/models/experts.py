@@ -3,8 +3,9 @@
 n tokens, k experts of each, E experts, D model width, F width of an expert, r adapter rank.
 
 Nothing is dropped and no expert has a capacity: rows are sorted by expert and multiplied group by group
-(`models/grouped`). Over the mesh's `expert` axis every device holds some experts; tokens are gathered along it,
-each device computes what its experts have to say about all of them, and the sums are scattered back.
+(`models/grouped`). Over the mesh's `expert` axis every device holds some experts. Tokens are gathered along it, each
+device computes what its experts have to say about all of them, and the sums are scattered back; or, where that sends
+less, rows go to the devices of their experts and come back (`models/exchange`).
 """
 
 import math
@@ -18,7 +19,8 @@ from jax.sharding import PartitionSpec
 
 from jaxtune import sharding
 from jaxtune.models.decoder_config import DecoderConfig, ExpertsConfig
-from jaxtune.models.grouped import Matmul, collect, sort_rows, spread
+from jaxtune.models.exchange import exchange, experts_of, routes
+from jaxtune.models.grouped import Kernels, Matmul, collect, sort_rows, spread
 from jaxtune.models.layers import Dropout, Linear, LoRAParam, draw_normal
 from jaxtune.models.mlp import ACTIVATIONS, Mlp
 
@@ -215,7 +217,7 @@ class SparseMlp(nnx.Module):
         self.config, self.experts = config, experts
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, *, matmul: Matmul, dropout: Dropout | None
+        self, x: jax.Array, segment_ids: jax.Array, *, kernels: Kernels, dropout: Dropout | None
     ) -> tuple[jax.Array, RouterSums]:
         """Maps `[B T D]` to `[B T D]`, and says what the router did; segment 0 is padding."""
         weights, chosen, logits = self.router(x)
@@ -226,7 +228,7 @@ class SparseMlp(nnx.Module):
             z=jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real),
             tokens=jnp.sum(real),
         )
-        y = self._experts(x, weights.astype(x.dtype), chosen, matmul)
+        y = self._experts(x, weights.astype(x.dtype), chosen, kernels)
         if self.experts.shared_width:
             shared = self.shared(x, dropout=dropout)
             if self.experts.shared_gate:
@@ -234,47 +236,64 @@ class SparseMlp(nnx.Module):
             y += shared
         return sharding.constrain(y, ("batch", "stream", None)), sums
 
-    def _experts(self, x: jax.Array, weights: jax.Array, chosen: jax.Array, matmul: Matmul) -> jax.Array:
+    def _experts(self, x: jax.Array, weights: jax.Array, chosen: jax.Array, kernels: Kernels) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
         layers = [self.gate_up_proj] if self.experts.fused else [self.gate_proj, self.up_proj]
         layers.append(self.down_proj)
         arrays = [layer.arrays() for layer in layers]
         if mesh.empty or math.prod(mesh.shape.values()) == 1:
-            return self._of_tokens(x, weights, chosen, arrays, matmul, first=None, share=1.0)
+            return self._of_tokens(x, weights, chosen, arrays, kernels.matmul, first=None, share=1.0)
         specs = tuple(layer.specs(mesh) for layer in layers)
         tokens = sharding.activation_spec(("batch", "seq", None), x.shape, mesh)
 
         def on_device(x: jax.Array, weights: jax.Array, chosen: jax.Array, *arrays: ExpertArrays) -> jax.Array:
-            return self._on_device(x, weights, chosen, arrays, matmul, specs, mesh)
+            return self._on_device(x, weights, chosen, arrays, kernels, specs, mesh)
 
         run = jax.shard_map(on_device, in_specs=(tokens, tokens, tokens, *specs), out_specs=tokens, check_vma=False)
         return run(x, weights, chosen, *arrays)
 
     def _on_device(
-        self, x: Any, weights: Any, chosen: Any, arrays: Any, matmul: Matmul, specs: Any, mesh: Any
+        self, x: Any, weights: Any, chosen: Any, arrays: Any, kernels: Kernels, specs: Any, mesh: Any
     ) -> jax.Array:
-        """Computes one device's part: its experts on the tokens of its whole expert group."""
+        """Computes one device's part of its expert group's tokens.
+
+        Of P devices with some experts each, all see all tokens, or each sees the rows of its own experts: what sends
+        less, (P - 1) tokens or k (P - 1) / P rows for one token.
+        """
         arrays = [
             ExpertArrays(*(_whole(a, s, "fsdp") for a, s in zip(layer, spec, strict=True)))
             for layer, spec in zip(arrays, specs, strict=True)
         ]
         count = arrays[-1].kernel.shape[0]
-        is_split = count < self.experts.count
-        if is_split:
-            x, weights, chosen = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, chosen))
         over_tensor = specs[-1].kernel[1] == "tensor"
-        y = self._of_tokens(
-            x,
-            weights,
-            chosen,
-            arrays,
-            matmul,
-            first=jax.lax.axis_index("expert") * count if is_split else None,
-            share=1.0 / mesh.shape["tensor"] if over_tensor else 1.0,
-        )
-        if over_tensor:
-            y = jax.lax.psum(y, "tensor")
-        return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True) if is_split else y
+        share = 1.0 / mesh.shape["tensor"] if over_tensor else 1.0
+        if count == self.experts.count:
+            y = self._of_tokens(x, weights, chosen, arrays, kernels.matmul, first=None, share=share)
+        elif chosen.shape[-1] < mesh.shape["expert"]:
+            y = self._by_exchange(x, weights, chosen, arrays, kernels, share=share)
+        else:
+            x, weights, chosen = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, chosen))
+            first = jax.lax.axis_index("expert") * count
+            y = self._of_tokens(x, weights, chosen, arrays, kernels.matmul, first=first, share=share)
+            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(y, "tensor") if over_tensor else y
+
+    def _by_exchange(
+        self, x: Any, weights: Any, chosen: Any, arrays: Any, kernels: Kernels, *, share: float
+    ) -> jax.Array:
+        """Returns `[B T D]` of this device's tokens: their rows go to the devices of their experts and come back."""
+        k, count, total = chosen.shape[-1], arrays[-1].kernel.shape[0], self.experts.count
+        devices = total // count
+        order, place, _, sizes = sort_rows(chosen.reshape(-1), count=total)
+        rows = spread(x.reshape(-1, x.shape[-1]), order, place, k)
+        there, back, counts = routes(sizes[:total], devices)
+        room = devices * x.shape[0] * x.shape[1] * min(k, count)  # a token has at most so many experts here
+        came = exchange(rows, there, back, room, kernels.collective)
+        here = sort_rows(experts_of(counts, room), count=count)
+        came = spread(came, here.order, here.place, 1)
+        y = self._of_rows(came, here.sizes, here.group, arrays, kernels.matmul, share=share)
+        y = exchange(collect(y, here.order, here.place, 1), back, there, rows.shape[0], kernels.collective)
+        return collect(y * spread(weights.reshape(-1, 1), order, place, 1), order, place, k).reshape(x.shape)
 
     def _of_tokens(
         self, x: Any, weights: Any, chosen: Any, arrays: Any, matmul: Matmul, *, first: Any, share: float
@@ -292,10 +311,16 @@ class SparseMlp(nnx.Module):
         order, place, expert, sizes = sort_rows(local, count=count)
         rows = spread(x.reshape(-1, x.shape[-1]), order, place, k)
         sizes = sizes[:count] if first is None else sizes
+        y = self._of_rows(rows, sizes, expert, arrays, matmul, share=share)
+        return collect(y * spread(weights.reshape(-1, 1), order, place, 1), order, place, k).reshape(x.shape)
+
+    def _of_rows(
+        self, rows: jax.Array, sizes: jax.Array, expert: jax.Array, arrays: Any, matmul: Matmul, *, share: float
+    ) -> jax.Array:
+        """Returns `[m D]`, what each row's own expert says of it; see `_apply`."""
         apply = partial(_apply, sizes=sizes, expert=expert, matmul=matmul)
         hidden = self._unit([apply(layer, rows, share=1.0) for layer in arrays[:-1]])
-        y = apply(arrays[-1], hidden, share=share) * spread(weights.reshape(-1, 1), order, place, 1)
-        return collect(y, order, place, k).reshape(*x.shape[:2], -1)
+        return apply(arrays[-1], hidden, share=share)
 
     def _unit(self, parts: list[jax.Array]) -> jax.Array:
         """Joins gate and up, `[m F]` each or alternating in one `[m 2F]`."""

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtune.models.exchange import Collective, gathered, ragged
+
 Matmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -130,9 +132,20 @@ def _block(size: int, limit: int) -> int:
     return max(block for block in range(128, limit + 1, 128) if size % block == 0)
 
 
-PLATFORMS: dict[str, Matmul] = {"tpu": megablox}
+class Kernels(NamedTuple):
+    """How experts are computed on a platform: products group by group, and rows sent to other devices."""
+
+    matmul: Matmul
+    collective: Collective
 
 
-def resolve(platform: str) -> Matmul:
-    """Returns the grouped matrix product for the platform of a mesh's devices (`device.platform`)."""
-    return PLATFORMS.get(platform, ragged_dot)
+REFERENCE = Kernels(ragged_dot, gathered)
+PLATFORMS: dict[str, Kernels] = {
+    "tpu": Kernels(megablox, ragged),
+    **dict.fromkeys(("gpu", "cuda", "rocm"), Kernels(ragged_dot, ragged)),
+}
+
+
+def resolve(platform: str) -> Kernels:
+    """Returns the kernels for the platform of a mesh's devices (`device.platform`)."""
+    return PLATFORMS.get(platform, REFERENCE)

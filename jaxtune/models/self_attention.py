@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune import sharding
 from jaxtune.models.decoder_config import DecoderConfig, LatentConfig, LayerKind
-from jaxtune.models.grouped import Matmul
+from jaxtune.models.grouped import Kernels
 from jaxtune.models.layers import Dropout, Linear, RMSNorm
 from jaxtune.models.rope import Rope, Tables, apply_rope
 
@@ -23,7 +23,7 @@ class Pass(NamedTuple):
     """What one run through the layers shares: indices of both sides, rope tables, kernels."""
 
     attention: Callable[..., jax.Array]
-    grouped_matmul: Matmul
+    expert_kernels: Kernels
     tables: dict[Rope, Tables]
     q_positions: jax.Array  # [B T]
     q_segment_ids: jax.Array

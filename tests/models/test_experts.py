@@ -16,7 +16,7 @@ from jaxtune import adapters, router_loss
 from jaxtune.models.attention import xla
 from jaxtune.models.decoder_config import ExpertsConfig
 from jaxtune.models.experts import ExpertLinear, RouterParam, choose_experts
-from jaxtune.models.grouped import ragged_dot
+from jaxtune.models.grouped import REFERENCE
 from jaxtune.train import train
 
 
@@ -72,7 +72,7 @@ def test_nothing_is_dropped_however_uneven_the_load(tmp_path):
     graph, state = layer
     state["router"]["kernel"].set_value(jnp.zeros((config.width, 4)).at[:, 1].set(1.0).at[:, 3].set(0.5))
     x = jnp.abs(jax.random.normal(jax.random.key(0), (2, 30, config.width)))
-    y, sums = nnx.merge(graph, state)(x, jnp.ones((2, 30), jnp.int32), matmul=ragged_dot, dropout=None)
+    y, sums = nnx.merge(graph, state)(x, jnp.ones((2, 30), jnp.int32), kernels=REFERENCE, dropout=None)
     np.testing.assert_array_equal(sums.selected, [0, 60, 0, 60])
     total = jnp.sum(x, axis=-1)
     share = jax.nn.sigmoid(0.5 * total)[..., None]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.models import grouped
+from jaxtune.models import exchange, grouped
 from jaxtune.models.grouped import collect, sort_rows, spread
 
 
@@ -80,5 +80,6 @@ def test_blocks_fit_the_vector_memory(m, k, n, groups):
 
 
 def test_table_of_platforms():
-    assert grouped.resolve("tpu") is grouped.megablox
-    assert grouped.resolve("cpu") is grouped.resolve("gpu") is grouped.ragged_dot
+    assert grouped.resolve("tpu") == (grouped.megablox, exchange.ragged)
+    assert grouped.resolve("gpu") == (grouped.ragged_dot, exchange.ragged)
+    assert grouped.resolve("cpu") == (grouped.ragged_dot, exchange.gathered)
