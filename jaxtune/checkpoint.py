@@ -94,7 +94,7 @@ class Checkpoints:
                 self._say(f"warning: saving step {step} failed ({failure}); trying again in {pause:g} s")
                 time.sleep(pause)
         kept = self.finished()
-        raise ValueError(
+        raise hosts.ToldToAll(
             f"step {step} cannot be saved in {self.folder}, tried {self._patience.retries + 1} times: {failure}. "
             + (f"Step {kept[-1]} is there and intact; m" if kept else "M")
             + "ake room or mend the disk, and give the same command to go on from there (checkpoint.retries, "
@@ -118,6 +118,14 @@ class Checkpoints:
         failure = self._outcome()
         if failure is not None:
             self._say(f"warning: a save failed ({failure})")
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Closes, but for an error of one host of several: the save under way may wait for a host that is gone."""
+        if error is None or hosts.count() == 1 or isinstance(error, hosts.ToldToAll):
+            self.close()
 
     def close(self) -> None:
         """Ends the save under way and lets go of the folder."""

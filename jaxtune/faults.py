@@ -133,6 +133,8 @@ def leave_if_several(error: BaseException) -> None:
     if hosts.count() > 1 and not isinstance(error, hosts.ToldToAll):
         if not isinstance(error, ValueError | OSError):
             traceback.print_exception(error)
+        word = "if the error speaks of a connection or a peer, another host's output says what happened first"
+        print(f"host {hosts.index()} ends at once; {word}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

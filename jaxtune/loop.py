@@ -228,7 +228,7 @@ class Loop:
             why = (
                 "there is no checkpoint from before them" if to is None else f"the run went back {often} times already"
             )
-            raise ValueError(
+            raise hosts.ToldToAll(
                 f"{spikes} (train.spike_factor), and {why}, so the run stops. Lower optimizer.learning_rate, look at "
                 "the data, save more often (checkpoint.every_steps), or allow more (train.max_rollbacks, "
                 "train.spike_factor)"

@@ -68,7 +68,7 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     agreement.check_inputs(inputs.base.fingerprint, {"data": inputs.stream, "evaluation": inputs.eval_stream})
 
     checkpoints = _open_checkpoints(config, folder, terminal)
-    with contextlib.closing(checkpoints):
+    with checkpoints:
         has_saved = bool(checkpoints.steps())
         with hosts.together():
             folder.check_resume(config, has_saved=has_saved)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxtune import hosts
 from jaxtune.batch import HostBatch
 from jaxtune.config import Config
 from jaxtune.feeding import Feed
@@ -85,7 +86,7 @@ class Watcher:
 
     def _stop_if_all_are_bad(self, done: Done, metrics: StepMetrics) -> None:
         if metrics.bad_steps >= self.config.train.max_bad_steps:
-            raise ValueError(
+            raise hosts.ToldToAll(
                 f"step {done.step}: the last {metrics.bad_steps} updates in a row had a NaN or infinity in loss or "
                 "gradient, so the run stops (train.max_bad_steps). Lower optimizer.learning_rate, or look at the "
                 f"examples of this batch:\n{self.names(done.batch)}"

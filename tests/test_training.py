@@ -9,12 +9,14 @@ import sys
 
 import hf_folders
 import numpy as np
+import orbax.checkpoint as ocp
 import peft
 import pytest
 import tiny_runs
 import torch
 import transformers
 import yaml
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from jaxtune import loop, training
@@ -123,6 +125,15 @@ def test_held_out_loss_falls_and_the_best_checkpoint_is_known(learned):
         for file in (output / "checkpoints").glob("*/jaxtune_manifest.json")
     }
     assert manifests == {10: None, 12: evaluated[12]["eval_loss"]}, "a loss belongs to the state it was computed on"
+
+
+def test_a_run_of_an_adapter_saves_the_adapter_alone(learned, learned_full):
+    def saved(output):
+        state = ocp.PyTreeCheckpointHandler().metadata(epath.Path(output / "checkpoints" / "12" / "state"))
+        return [name for name in dict(state) if name.startswith("trainable/")]
+
+    assert saved(learned[1]) and all("lora" in name for name in saved(learned[1]))
+    assert len(saved(learned_full[1])) > 5
 
 
 def test_the_best_checkpoint_outlives_newer_ones(base, data, tmp_path, monkeypatch):

@@ -17,12 +17,15 @@ def steps_of(output):
     return sorted(int(path.name) for path in (output / "checkpoints").glob("[0-9]*"))
 
 
-def test_sigterm_to_one_host_stops_all_at_one_update_saved(mixture, reference, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
+def test_a_signal_to_one_host_stops_all_at_one_update_saved(mixture, reference, tmp_path, number, code):
     output = tmp_path / "out"
     with mixture.start(output, processes=2, devices=2) as run:
         run.wait_until("step 2/8")
-        run.processes[1].send_signal(signal.SIGTERM)
-        assert run.wait(120) == [143, 143], run.said()
+        run.processes[1].send_signal(number)
+        assert run.wait(120) == [code, code], run.said()
     assert "saved; the same command goes on from there" in run.said(0)
     last = steps_of(output)[-1]
     assert 2 <= last < 8 and len(examples(output)) == last
