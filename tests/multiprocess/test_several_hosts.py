@@ -2,20 +2,7 @@
 
 import pytest
 import tiny_runs
-from conftest import assert_same_stream, examples
-
-
-def assert_close(output, other, *, first=1e-6, last=1e-4):
-    """Asserts that losses differ by at most `first` (relative) at update 1 and `last` at the end."""
-    ours, theirs = tiny_runs.losses(output), tiny_runs.losses(other)
-    assert ours.keys() == theirs.keys()
-    steps = max(theirs)
-    for step, (loss, norm) in ours.items():
-        allowed = first + (last - first) * (step - 1) / max(1, steps - 1)
-        assert loss == pytest.approx(theirs[step][0], rel=allowed), f"loss at update {step}"
-        assert norm == pytest.approx(theirs[step][1], rel=20 * allowed), f"gradient norm at update {step}"
-    held_out = [[r["eval_loss"] for r in tiny_runs.records(o) if "eval_loss" in r] for o in (output, other)]
-    assert held_out[0] == pytest.approx(held_out[1], rel=last)
+from pods import assert_close, assert_same_stream, examples
 
 
 def test_two_hosts_learn_what_one_learns_from_the_same_rows(mixture, reference, tmp_path):

@@ -7,8 +7,7 @@ import time
 
 import pytest
 import tiny_runs
-from conftest import assert_same_stream, examples
-from test_hosts import assert_close
+from pods import assert_close, assert_same_stream, examples
 
 from jaxtune.manifest import MANIFEST
 
