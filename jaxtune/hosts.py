@@ -74,7 +74,7 @@ def is_cluster(env: Mapping[str, str]) -> bool:
         if env.get(name, "").isdigit() and int(env[name]) > 1:
             return True
     workers = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
-    if workers is not None:
+    if workers is not None and not workers.startswith("WARNING"):  # libtpu's word where it knows no workers
         return "," in workers
     return has_chips() and "TPU_SKIP_MDS_QUERY" not in env and "," in _tpu_workers(env)
 

@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "manifest",
         "rollbacks",
     ),
-    ("run_lock",),
+    ("run_lock", "cost_model"),
     ("decode",),
     ("config", "config_data", "batch", "hub", "compat", "asking", "__init__"),
 )

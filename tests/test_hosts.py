@@ -31,6 +31,7 @@ def joined(monkeypatch):
         ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "localhost"}, [()]),
         ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, [()]),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, []),
+        ({"TPU_WORKER_HOSTNAMES": "WARNING: could not determine TPU worker hostnames, please set it"}, []),
         ({}, []),
     ],
 )

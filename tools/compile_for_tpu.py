@@ -3,7 +3,8 @@
     python tools/compile_for_tpu.py --shape llama-3.1-8b --method lora --topology v5p:2x2x2 --rows 2 --hlo step.txt
 
 Needs the `plan` extra (libtpu). Weights are shapes only; the step is the one that `jaxtune.train` runs. Prints one JSON
-object: seconds to compile, GiB per chip (arguments, temporaries), and the text of the optimized module goes to --hlo.
+object: seconds to compile, GiB per chip (arguments, temporaries), the compiler's estimate of a step in cycles with its
+parts; the text of the optimized module goes to --hlo.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from jax.experimental import topologies
 from jaxtune import adapters, assembly
 from jaxtune.batch import Batch
 from jaxtune.config import Config
+from jaxtune.cost_model.chips import CHIPS
+from jaxtune.cost_model.estimate import estimate
+from jaxtune.cost_model.hlo import parse
 from jaxtune.decode import decode
 from jaxtune.optimizer import make_optimizer
 from jaxtune.sharding import batch_sharding, make_mesh, parameter_shardings
@@ -92,18 +96,24 @@ def main() -> None:
     config = decode([*words, f"train.batch_rows={rows}", *options.settings])
     start = time.perf_counter()
     compiled = compile_step(config, shape, devices=devices, length=options.length)
-    memory = compiled.memory_analysis()
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    text = compiled.as_text()
     if options.hlo:
-        options.hlo.write_text(compiled.as_text())
+        options.hlo.write_text(text)
+    tokens = config.train.batch_rows * options.length // len(devices)
+    costs = estimate(parse(text), CHIPS[devices[0].device_kind])
     result = {
         "shape": options.shape,
         "method": options.method,
         "topology": options.topology,
         "jax": jax.__version__,
-        "tokens_per_chip": config.train.batch_rows * options.length // len(devices),
-        "compile_seconds": round(time.perf_counter() - start, 1),
+        "tokens_per_chip": tokens,
+        "compile_seconds": round(seconds, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
         "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 2),
+        "megacycles_per_token": round(costs.cycles / tokens / 1e6, 4),
+        "parts": {part: round(cycles / costs.cycles, 3) for part, cycles in sorted(costs.parts.items())},
+        "kernels": {label: calls.count for label, calls in costs.kernels.items()},
     }
     print(json.dumps(result))
 

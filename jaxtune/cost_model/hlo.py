@@ -1,0 +1,260 @@
+"""Reads the text of an optimized XLA module: computations, instructions, and how often each of them runs.
+
+The grammar is that of XLA's HLO text (openxla.org/xla/hlo_dumps); only what costs are read from is understood. A
+module of a TPU is scheduled, so the order of its instructions is the order in which they begin.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+BYTES: dict[str, float] = dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1)
+BYTES |= dict.fromkeys(("s16", "u16", "bf16", "f16"), 2) | dict.fromkeys(("s32", "u32", "f32"), 4)
+BYTES |= dict.fromkeys(("s64", "u64", "f64"), 8) | dict.fromkeys(("s4", "u4"), 0.5)
+_UNKNOWN_CYCLES = 1 << 62  # what the compiler writes for work of another core is the largest number there is
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]")
+_CONSTANT = re.compile(r"[su](?:32|64)\[\]\S* constant\((\d+)\)")
+_TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)$")
+_FIELD = re.compile(r"(\w+)=(\d+)")
+
+
+class Shape(NamedTuple):
+    """One array of a type: its element type as HLO writes it, and its dimensions."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> float:
+        """Bytes, without the padding of a layout."""
+        return BYTES[self.dtype] * math.prod(self.dims)
+
+
+def shapes(text: str) -> list[Shape]:
+    """Returns the arrays of a type, those of tuples one after another."""
+    return [Shape(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in _SHAPE.findall(text)]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: what it makes (`type`), by which operation, and the rest of the line."""
+
+    name: str
+    opcode: str
+    type: str
+    rest: str
+
+    @cached_property
+    def cycles(self) -> int | None:
+        """The compiler's own estimate; None where it gives none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(found[1]) if found and int(found[1]) < _UNKNOWN_CYCLES else None
+
+    @property
+    def target(self) -> str | None:
+        """What a custom call calls."""
+        found = re.search(r'custom_call_target="([^"]+)"', self.rest)
+        return found[1] if found else None
+
+    @property
+    def operands(self) -> list[Shape]:
+        """The arrays that a custom call reads, where their layouts are given."""
+        found = re.search(r"operand_layout_constraints=\{(.*?)\}, \w+=", self.rest)
+        return shapes(found[1]) if found else []
+
+    @property
+    def results(self) -> list[Shape]:
+        """The arrays that it makes."""
+        return shapes(self.type)
+
+    @property
+    def frame(self) -> int | None:
+        """Number of the stack frame that it comes from."""
+        found = re.search(r"stack_frame_id=(\d+)", self.rest)
+        return int(found[1]) if found else None
+
+    def called(self, *attributes: str) -> list[str]:
+        """Names of the computations that these attributes name."""
+        names = []
+        for attribute in attributes:
+            found = re.search(rf"\b{attribute}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.rest)
+            if found:
+                names += [name.strip().lstrip("%") for name in (found[1] or found[2]).split(",")]
+        return names
+
+
+class Executed(NamedTuple):
+    """An instruction of a computation that runs, and how many times a step runs it."""
+
+    instruction: Instruction
+    times: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module as read: instructions by computation, in order; `functions` of each stack frame, the innermost first."""
+
+    entry: str
+    computations: dict[str, tuple[Instruction, ...]]
+    functions: dict[int, tuple[str, ...]]
+
+    def executed(self) -> Iterator[Executed]:
+        """Yields what a step runs, in order: loop bodies times their trips, of branches the costliest alone."""
+        yield from self._run(self.entry, 1)
+
+    def _run(self, computation: str, times: int) -> Iterator[Executed]:
+        for instruction in self.computations.get(computation, ()):
+            if instruction.opcode == "while":
+                for body in instruction.called("body"):
+                    yield from self._run(body, times * self.trips(instruction))
+            elif instruction.opcode in ("call", "call-start", "async-start"):
+                yield Executed(instruction, times)
+                for name in instruction.called("to_apply", "calls"):
+                    yield from self._run(name, times)
+            elif instruction.opcode == "conditional":
+                branches = instruction.called("branch_computations", "true_computation", "false_computation")
+                if branches:
+                    yield from self._run(max(branches, key=self._cycles), times)
+            else:
+                yield Executed(instruction, times)
+
+    def _cycles(self, computation: str) -> int:
+        return sum((one.cycles or 0) * times for one, times in self._run(computation, 1))
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop's body runs: the largest constant that its condition compares with, as scans are written."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+        if known:
+            return int(known[1])
+        lines = [one for name in loop.called("condition") for one in self.computations.get(name, ())]
+        constants = [int(n) for one in lines for n in _CONSTANT.findall(f"{one.type} {one.opcode}{one.rest}")]
+        return max(constants, default=1)
+
+
+def parse(text: str) -> Module:
+    """Reads a module's text.
+
+    Raises:
+        ValueError: no entry computation, so it is not the text of a module.
+    """
+    computations: dict[str, list[Instruction]] = {}
+    tables: dict[str, dict[int, str]] = {}
+    entry, current, table = None, None, None
+    for line in _logical_lines(text):
+        if found := _TABLE.match(line):
+            table = tables.setdefault(found[1], {})
+        elif found := _COMPUTATION.match(line):
+            table, current = None, computations.setdefault(found[2], [])
+            entry = found[2] if found[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            if found := _INSTRUCTION.match(line):
+                current.append(_instruction(found[1], found[2]))
+        elif table is not None and line[:1].isdigit():
+            number, _, value = line.partition(" ")
+            table[int(number)] = value
+    if entry is None:
+        raise ValueError("found no ENTRY computation; expected the text of an optimized HLO module")
+    return Module(entry, {name: tuple(lines) for name, lines in computations.items()}, _stacks(tables))
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+    """Lines, those joined that a custom call's attributes are broken over: strings in them may hold line ends."""
+    waiting = ""
+    for line in text.splitlines():
+        if waiting:
+            waiting += " " + line.strip()
+        elif _INSTRUCTION.match(line):
+            waiting = line
+        else:
+            yield line
+            continue
+        if _is_whole(waiting):
+            yield waiting
+            waiting = ""
+    if waiting:
+        yield waiting
+
+
+def _is_whole(line: str) -> bool:
+    """Whether brackets and quotes of an instruction are closed."""
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", line)
+    return '"' not in bare and sum(map(bare.count, "([{")) <= sum(map(bare.count, ")]}"))
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _end_of_type(text)
+    found = re.match(r"([\w\-]+)(\(.*)", text[end + 1 :], re.S)
+    opcode, rest = (found[1], found[2]) if found else ("", text[end + 1 :])
+    return Instruction(name, opcode, text[:end], rest)
+
+
+def _end_of_type(text: str) -> int:
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == " " and depth == 0:  # a tuple's type has spaces of its own
+            return place
+    return len(text)
+
+
+def _stacks(tables: dict[str, dict[int, str]]) -> dict[int, tuple[str, ...]]:
+    """Function names of every stack frame, from the innermost out."""
+    names = {number: value.strip('"') for number, value in tables.get("FunctionNames", {}).items()}
+    locations = {n: dict(_FIELD.findall(value)) for n, value in tables.get("FileLocations", {}).items()}
+    frames = {n: dict(_FIELD.findall(value)) for n, value in tables.get("StackFrames", {}).items()}
+    out: dict[int, tuple[str, ...]] = {}
+    for number in frames:
+        stack: list[str] = []
+        at = number
+        while at in frames and len(stack) < len(frames):
+            location = locations.get(int(frames[at].get("file_location_id", 0)), {})
+            stack.append(names.get(int(location.get("function_name_id", 0)), ""))
+            at = int(frames[at].get("parent_frame_id", 1)) - 1  # numbered from 1, so that 1 is nobody
+        out[number] = tuple(stack)
+    return out
+
+
+def replica_groups(rest: str) -> list[list[int]]:
+    """Returns the groups of devices, by their place in the mesh, that a collective runs over; none where none is said.
+
+    Three ways of writing them: `{{0,1},{2,3}}`, `[2,2]<=[4]` (a reshaped, maybe transposed count), and
+    `mesh['a'=2,'b'=2] {'b'}` (axes of a mesh of its own).
+    """
+    if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        sizes, dims = _numbers(found[1]), _numbers(found[2])
+        order = _numbers(found[3]) if found[3] else range(len(dims))
+        return _split(_transposed(dims, order), math.prod(sizes[1:]))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        over = re.findall(r"'([^']+)'", found[2])
+        names, dims = list(axes), list(axes.values())
+        order = [*(i for i, name in enumerate(names) if name not in over), *(names.index(name) for name in over)]
+        return _split(_transposed(dims, order), math.prod(axes[name] for name in over))
+    return []
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _transposed(dims: Sequence[int], order: Sequence[int]) -> list[int]:
+    """The numbers 0, 1, ... of an array of these dimensions, read in another order of its axes."""
+    steps = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    return [
+        sum(at * steps[axis] for at, axis in zip(place, order, strict=True))
+        for place in itertools.product(*(range(dims[axis]) for axis in order))
+    ]
+
+
+def _split(numbers: Sequence[int], size: int) -> list[list[int]]:
+    return [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
