@@ -60,11 +60,11 @@ KINDS = {
     "a group of both hosts": ("mesh.data=1", "mesh.tensor=8", "mesh.fsdp=1"),
     "workers": ("data.workers=2",),
     "phases": (
-        "data.phases.0.mixing.rates=equal",
+        "data.phases.0.weights.first=1",
+        "data.phases.0.weights.second=1",
         "data.phases.0.until.tokens=1500",
-        "data.phases.1.mixing.rates=proportional",
-        "data.train.0.weight=null",
-        "data.train.1.weight=null",
+        "data.phases.1.weights.first=1",
+        "data.phases.1.weights.second=5",
     ),
 }
 
