@@ -88,10 +88,11 @@ class TrainConfig(Section):
     )
     max_bad_steps: Positive = Field(5, description="stop after so many updates in a row with a NaN or infinity")
     preempted_exit_code: Annotated[int, Field(ge=1, le=255)] = 143
-    hang_seconds: Annotated[float, Field(gt=0)] | None = Field(
-        None,
+    hang_seconds: Literal["auto"] | Annotated[float, Field(gt=0)] | None = Field(
+        "auto",
         description="no update, evaluated batch or save in so many seconds: tell where every thread stands and end "
-        "with exit code 1, to be started again; give more than the longest of them takes",
+        "with exit code 1, to be started again; give more than the longest of them takes; auto is 3600 on several "
+        "hosts and null, which waits for ever, on one",
     )
     spike_factor: Annotated[float, Field(gt=0)] | None = Field(
         None,

@@ -20,6 +20,7 @@ from jaxtune.convert.writing import export_folder
 from jaxtune.data.chat.templates import load_template, load_tokenizer
 from jaxtune.decode import from_tree, read_yaml
 from jaxtune.exporting import export as write_folders
+from jaxtune.faults import leave_if_several
 from jaxtune.loop import Outcome
 from jaxtune.metrics import Terminal
 from jaxtune.models.registry import family_of
@@ -27,7 +28,7 @@ from jaxtune.opening import TOKENIZER_FILES, Place, declare, find
 from jaxtune.run_folder import open_run_folder
 from jaxtune.sharding import make_mesh, parameter_shardings
 
-__all__ = ["check", "commands", "export", "merge"]
+__all__ = ["check", "commands", "export", "leave_if_several", "merge"]
 
 
 def merge(path: str, output: str, *, base: str | None = None, say: Callable[[str], None] = print) -> None:

@@ -11,13 +11,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from jax.experimental import multihost_utils
 
 from jaxtune import hosts
 
 _STDERR = 2
+HANG_SECONDS = 3600.0  # of several hosts, where nobody says otherwise
 INTERRUPTED = 130  # exit code of a run that Ctrl-C has ended, as shells give it
 _GRACE = 1.25  # of a hang's seconds, until a process whose Python does not run any more is ended as well
 _points = itertools.count(1)  # of this process: jax's agreement on where to stop wants numbers that only rise
@@ -80,9 +81,10 @@ class Watchdog:
     run again. A collective that waits for ever cannot be interrupted in any other way.
     """
 
-    def __init__(self, seconds: float | None, file: pathlib.Path) -> None:
+    def __init__(self, seconds: float | Literal["auto"] | None, file: pathlib.Path) -> None:
         """Watches from the first `beat` on, where `seconds` says so; `file` gets the stacks."""
-        self._seconds, self._file = seconds, file
+        automatic = HANG_SECONDS if hosts.count() > 1 else None
+        self._seconds, self._file = automatic if seconds == "auto" else seconds, file
         self._last: float | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")

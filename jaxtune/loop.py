@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class Loop:
     checkpoints: Checkpoints
     log: MetricsLog
     terminal: Terminal
+    check_folder: Callable[[], None]  # raises when another run has taken OUTPUT
     watchdog: Watchdog
     mesh: Any
     flops_per_token: float
@@ -259,5 +260,7 @@ class Loop:
             "eval_loss": own if own is not None and math.isfinite(own) else None,
             "config": self.config.model_dump(mode="json"),
         }
+        with hosts.together():
+            self.check_folder()
         self.checkpoints.save(step, state, run=run, wait=wait)
         self._save_is_due = False

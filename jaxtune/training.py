@@ -233,6 +233,7 @@ def _train(
         checkpoints=checkpoints,
         log=log,
         terminal=terminal,
+        check_folder=folder.check_lock,
         watchdog=Watchdog(config.train.hang_seconds, folder.local / f"hang-host{hosts.index()}.txt"),
         mesh=jax.sharding.get_mesh(),
         flops_per_token=_flops_per_token(config, plan),

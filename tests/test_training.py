@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import hf_folders
 import numpy as np
@@ -19,7 +20,7 @@ import yaml
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from jaxtune import loop, training
+from jaxtune import loop, run_lock, training
 from jaxtune.train import main, train
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -426,3 +427,22 @@ def test_a_single_bad_update_is_skipped_and_counted(base, data, tmp_path, monkey
     assert records[2]["loss"] == "nan"
     assert [records[step]["skipped_steps"] for step in range(1, 7)] == [0, 1, 1, 1, 1, 1]
     assert all(np.isfinite(tensor).all() for tensor in tiny_runs.weights(tmp_path / "out").values())
+
+
+def test_a_run_whose_folder_was_taken_saves_no_more(base, data, tmp_path, monkeypatch):
+    """Another host has waited for a sign of life for too long and has taken the folder over."""
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.02)
+    output, real = tmp_path / "out", loop.Loop._is_time_to_save
+
+    def taken(self, step):
+        if step == 4:
+            other = {"host": "elsewhere", "pid": 1, "start": None, "heartbeat": time.time()}
+            (output / ".lock" / "7").write_text(json.dumps(other))
+            time.sleep(0.5)
+        return real(self, step)
+
+    monkeypatch.setattr(loop.Loop, "_is_time_to_save", taken)
+    with pytest.raises(ValueError, match=r"taken over by another run \(host elsewhere, process 1\).*stops here"):
+        train(tiny_runs.config(base, data, output, "checkpoint.every_steps=2", "train.steps=6"))
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["2"]
+    assert not (output / "hf").exists() and (output / ".lock" / "7").exists()

@@ -113,7 +113,7 @@ def main() -> None:
         "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 2),
         "megacycles_per_token": round(costs.cycles / tokens / 1e6, 4),
         "parts": {part: round(cycles / costs.cycles, 3) for part, cycles in sorted(costs.parts.items())},
-        "kernels": {label: calls.count for label, calls in costs.kernels.items()},
+        "kernels": {label: calls.number for label, calls in costs.kernels.items()},
     }
     print(json.dumps(result))
 

@@ -44,7 +44,12 @@ def _export(flags: argparse.Namespace) -> int:
     prepare_environment()
     from jaxtune import conversions  # only now, as above
 
-    conversions.export(flags.run, step=flags.step, output=flags.output)
+    try:
+        conversions.export(flags.run, step=flags.step, output=flags.output)
+    except (ValueError, OSError) as error:
+        code = asking.fail(error, 1)
+        conversions.leave_if_several(error)
+        return code
     return 0
 
 

@@ -38,14 +38,14 @@ PARTS: Mapping[str, str] = {
 class Calls(NamedTuple):
     """Calls of one kernel in a step, and the cycles of all of them."""
 
-    count: int
+    number: int
     cycles: float
 
 
 class Traffic(NamedTuple):
     """Collectives of one kind in a step: how many, and the bytes that they give one device."""
 
-    count: int
+    number: int
     size: float
 
 
@@ -68,14 +68,14 @@ def estimate(module: Module, chip: Chip) -> Estimate:
         if instruction.target == "tpu_custom_call" and not cycles:
             cycles = kernel_cycles(instruction, chip)
             label = re.sub(r"[.\d]+$", "", instruction.name)
-            count, total = kernels.get(label, (0, 0.0))
-            kernels[label] = Calls(count + times, total + times * cycles)
+            number, total = kernels.get(label, (0, 0.0))
+            kernels[label] = Calls(number + times, total + times * cycles)
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            count, size = collectives.get(kind, (0, 0.0))
+            number, size = collectives.get(kind, (0, 0.0))
             given = sum(shape.size for shape in instruction.results)
             begun = 2 if instruction.opcode.endswith("-start") else 1  # its type has what goes in, too
-            collectives[kind] = Traffic(count + times, size + times * given / begun)
+            collectives[kind] = Traffic(number + times, size + times * given / begun)
         parts[part_of(module, instruction)] += times * cycles
     return Estimate(sum(parts.values()), dict(parts), kernels, collectives)
 

@@ -114,7 +114,7 @@ def test_kernels_are_charged_by_flops_or_bytes():
     found = estimate(parse(KERNEL), CHIP)
     flops = 0.5 * 2 * 2 * (2 * 4) * 256 * 512 * 128
     size = 2 * (2 * 4 * 256 * 128) * 2 + 4 * 2 * 4 * 256 + 2 * 2 * (2 * 512 * 128) + 8
-    assert found.kernels["splash_mqa_fwd"].count == 1
+    assert found.kernels["splash_mqa_fwd"].number == 1
     attention = max(flops / CHIP.peak, size / CHIP.bandwidth) * CHIP.clock
     assert found.kernels["splash_mqa_fwd"].cycles == pytest.approx(attention)
     moved = 2 * 2 * 1024 * 1024 / CHIP.bandwidth * CHIP.clock
