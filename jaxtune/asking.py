@@ -40,14 +40,19 @@ class Finding(NamedTuple):
     text: str
 
 
-def make_parser(program: str, doc: str) -> argparse.ArgumentParser:
-    """Returns a parser that shows a module's docstring as its help, and takes the model to ask."""
-    parser = argparse.ArgumentParser(
+def bare_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
+    """Returns a parser that shows a module's docstring as its help."""
+    return argparse.ArgumentParser(
         prog=f"python -m {program}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def make_parser(program: str, doc: str) -> argparse.ArgumentParser:
+    """Returns a parser that shows a module's docstring as its help, and takes the model to ask."""
+    parser = bare_parser(program, doc)
     parser.add_argument("model", metavar="RUN", help="output= folder of a run, Hugging Face folder, hub id or adapter")
     parser.add_argument("--template", default="auto", metavar="NAME", help="default: the folder's own chat template")
     parser.add_argument("--base", metavar="PATH", help="the base of an adapter, if not where the adapter says")

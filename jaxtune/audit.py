@@ -51,12 +51,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxtune.audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = asking.bare_parser("jaxtune.audit", __doc__)
     parser.add_argument("config", nargs="+", metavar="CONFIG", help="a YAML file and key=value words")
     parser.add_argument("--mixture-only", action="store_true", required=True, help="the mixture, without the texts")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON; - prints it")

@@ -45,12 +45,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxtune.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = asking.bare_parser("jaxtune.doctor", __doc__)
     parser.add_argument("config", nargs="*", metavar="CONFIG", help="a YAML file and key=value words, as for training")
     parser.add_argument("--json", metavar="FILE", help="write what was found as JSON too")
     parser.add_argument(

@@ -100,12 +100,7 @@ def _nothing(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxtune.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = asking.bare_parser("jaxtune.convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     merge = commands.add_parser("merge", help="an adapter into its base")
     merge.add_argument("adapter", metavar="ADAPTER", help="PEFT folder or hub id")
