@@ -66,24 +66,22 @@ def test_a_host_that_hangs_is_told_by_the_others_with_every_threads_stack(mixtur
         assert "loop.py" in text and "most recent call first" in text
 
 
-@pytest.mark.parametrize(
-    ("processes", "points"),
-    [(2, 1), pytest.param(4, 10, marks=pytest.mark.long)],
-)
-def test_killed_at_random_points_the_run_goes_on_on_other_host_counts(mixture, reference, tmp_path, processes, points):
-    """Kill -9 to all processes; resumed on 2 and on 1 in turn, and once more from the start of each."""
-    draw = random.Random(processes)
-    for point in range(points):
-        output = tmp_path / f"out{point}"
-        with mixture.start(output, processes=processes, devices=4 // processes) as run:
-            run.wait_until(f"step {draw.randint(1, 6)}/8")
-            time.sleep(draw.uniform(0, 2))
-            run.kill()
-        again = 2 if point % 2 else 1
-        mixture.finish(output, processes=again, devices=4 // again)
-        assert_same_stream(output, reference)
-        assert_close(output, reference)
-        assert all((output / "checkpoints" / str(step) / MANIFEST).exists() for step in steps_of(output))
+KILLS = [(2, 0), *(pytest.param(4, point, marks=pytest.mark.long) for point in range(10))]
+
+
+@pytest.mark.parametrize(("processes", "point"), KILLS)
+def test_killed_at_a_random_point_the_run_goes_on_on_another_host_count(mixture, reference, tmp_path, processes, point):
+    """Kill -9 to all processes; resumed on 1 and on 2 in turn."""
+    draw, output = random.Random(100 * processes + point), tmp_path / "out"
+    with mixture.start(output, processes=processes, devices=4 // processes) as run:
+        run.wait_until(f"step {draw.randint(1, 6)}/8")
+        time.sleep(draw.uniform(0, 2))
+        run.kill()
+    again = 2 if point % 2 else 1
+    mixture.finish(output, processes=again, devices=4 // again)
+    assert_same_stream(output, reference)
+    assert_close(output, reference)
+    assert all((output / "checkpoints" / str(step) / MANIFEST).exists() for step in steps_of(output))
 
 
 @pytest.mark.long
