@@ -124,6 +124,11 @@ class CheckpointConfig(Section):
     )
     keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
     resume: Literal["auto", "never"] = Field("auto", description="auto goes on where the folder's run stopped")
+    changed_data: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="accept goes on although `data` is another than the run was saved with: model, optimizer and step "
+        "stay, the new data is read from its start",
+    )
     retries: Annotated[int, Field(ge=0)] = Field(5, description="how often a save that failed is tried again")
     retry_seconds: Annotated[float, Field(ge=0)] = Field(
         10.0, description="pause before the first of them; each next one is twice as long"

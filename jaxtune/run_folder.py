@@ -206,6 +206,8 @@ class RunFolder:
                 "Give another output=, or checkpoint.resume=auto to go on with it."
             )
         changes = differences(old, config)
+        if config.checkpoint.changed_data == "accept":
+            changes = [change for change in changes if not change[0].startswith("data.")]
         if changes:
             listed = "\n".join(f"  {key}: {before!r} there, {now!r} now" for key, before, now in changes)
             raise ValueError(

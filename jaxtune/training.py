@@ -69,20 +69,7 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
 
     checkpoints = _open_checkpoints(config, folder, terminal)
     with checkpoints:
-        has_saved = bool(checkpoints.steps())
-        with hosts.together():
-            folder.check_resume(config, has_saved=has_saved)
-        newest = checkpoints.newest_usable(terminal.warn)
-        saved = checkpoints.read_run(newest) if newest is not None else None
-        if saved and saved["base"] != inputs.base.fingerprint:
-            raise ValueError(
-                f"{inputs.base.path} is not the model that {folder.path} began with: its files have changed since. "
-                "Put the old files back, or give another output="
-            )
-        if saved and inputs.stream is not None:
-            inputs.stream.refuse_other(saved["stream"])
-        rollbacks = Rollbacks(folder.path, start=newest or 0)
-        saved = rollbacks.resumed(saved) if saved else None
+        newest, saved, rollbacks = _find_saved(config, folder, inputs, checkpoints, terminal)
         steps = count_steps(config, inputs.stream, saved)
         if saved and saved["step"] > steps:
             raise ValueError(
@@ -135,6 +122,40 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     )
     terminal.say(_summary(outcome, hf, adapter))
     return Result(0, outcome.step, outcome.loss, outcome.eval_loss, config.output, hf, adapter)
+
+
+def _find_saved(
+    config: Config, folder: RunFolder, inputs: Inputs, checkpoints: Checkpoints, terminal: Terminal
+) -> tuple[int | None, dict[str, Any] | None, Rollbacks]:
+    """Returns the newest intact step with its JSON, None where nothing was saved, and the times the run went back.
+
+    Raises:
+        ValueError: what is there is of another configuration, base model or data.
+    """
+    has_saved = bool(checkpoints.steps())
+    with hosts.together():
+        folder.check_resume(config, has_saved=has_saved)
+    newest = checkpoints.newest_usable(terminal.warn)
+    rollbacks = Rollbacks(folder.path, start=newest or 0)
+    if newest is None:
+        return None, None, rollbacks
+    saved = rollbacks.resumed(checkpoints.read_run(newest))
+    if saved["base"] != inputs.base.fingerprint:
+        raise ValueError(
+            f"{inputs.base.path} is not the model that {folder.path} began with: its files have changed since. "
+            "Put the old files back, or give another output="
+        )
+    if inputs.stream is None:
+        return newest, saved, rollbacks
+    try:
+        inputs.stream.refuse_other(saved["stream"])
+    except ValueError as error:
+        if config.checkpoint.changed_data == "refuse":
+            raise
+        changes = str(error).partition(". Go back")[0]
+        terminal.warn(f"{changes}; step {newest} goes on with the new data from its start (checkpoint.changed_data)")
+        saved |= {"data": inputs.stream.initial_state(), "seen": None}
+    return newest, saved, rollbacks
 
 
 def _open_checkpoints(config: Config, folder: RunFolder, terminal: Terminal) -> Checkpoints:

@@ -446,3 +446,18 @@ def test_a_run_whose_folder_was_taken_saves_no_more(base, data, tmp_path, monkey
         train(tiny_runs.config(base, data, output, "checkpoint.every_steps=2", "train.steps=6"))
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["2"]
     assert not (output / "hf").exists() and (output / ".lock" / "7").exists()
+
+
+def test_other_data_is_gone_on_with_only_when_told(base, data, more_data, tmp_path, capsys):
+    output = tmp_path / "out"
+    train(tiny_runs.config(base, data, output, "train.steps=4"))
+    seen = [record["step"] for record in tiny_runs.records(output) if "loss" in record]
+    other = ("data.train.0.id=other", "train.steps=7")
+    with pytest.raises(ValueError, match=r"data\.train\.0"):
+        train(tiny_runs.config(base, more_data, output, *other))
+    result = train(tiny_runs.config(base, more_data, output, *other, "checkpoint.changed_data=accept"))
+    assert result.step == 7 and seen == [1, 2, 3, 4]
+    assert "source train is gone" in capsys.readouterr().out.replace("\n", " ")
+    assert [record["step"] for record in tiny_runs.records(output) if "loss" in record] == list(range(1, 8))
+    again = train(tiny_runs.config(base, more_data, output, *other, "train.steps=9"))  # now this is the run's data
+    assert again.step == 9
