@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from jaxtune import assembly
-from jaxtune.batch import Batch
+from jaxtune.batch import AnyBatch, Batch, PairBatch
 from jaxtune.config import TuningConfig
-from jaxtune.models.attention import xla
+from jaxtune.models import attention
+from jaxtune.models.t5_layers import plain
 from jaxtune.sharding import (
     MESH_AXES,
     PARAMETER_RULES,
@@ -33,7 +34,19 @@ DENSE = {
 MODELS = {
     "dense": DENSE,
     "experts": {**DENSE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-}
+    "latent": {
+        **DENSE, "model_type": "deepseek_v3", "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 8, "v_head_dim": 14, "moe_intermediate_size": 12, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1,
+    },
+    "encoder-decoder": {
+        "model_type": "t5", "vocab_size": V, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 4,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False, "dropout_rate": 0.0, "decoder_start_token_id": 0,
+    },
+}  # fmt: skip
+# The kernel is the interpreted one where it has something of its own to do: values of another width than keys.
+KERNELS = {"latent": attention.splash_interpreted, "encoder-decoder": plain}
 ONE = (("fsdp", 1),)
 RATE = 2.0**12  # so that a gradient is not lost in the last bits of a norm's weight of 1
 
@@ -50,6 +63,12 @@ def packed(rows: int, length: int, cuts: tuple[int, ...]) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], positions, segments, weights, np.zeros_like(segments))
 
 
+def packed_pairs(rows: int, length: int, cuts: tuple[int, ...]) -> PairBatch:
+    """Rows of pairs: what is read ends elsewhere than what is written, so that a pair lies on several devices."""
+    read = packed(rows, length, tuple(cut - 3 for cut in cuts))
+    return PairBatch(read.tokens, read.positions, read.segment_ids, *packed(rows, length, cuts))
+
+
 @functools.lru_cache(maxsize=8)
 def update(model: str, sizes: tuple, rows: int, length: int, cuts: tuple, microbatches: int, remat: str) -> Any:
     """Returns (loss, {name: gradient}) of full tuning, read from what SGD does with them."""
@@ -61,8 +80,9 @@ def update(model: str, sizes: tuple, rows: int, length: int, cuts: tuple, microb
         trainable, frozen = create_on_mesh(plan.make, places)
         optimizer = optax.sgd(RATE)
         state = jax.device_put(initial_state(optimizer, trainable), state_shardings(optimizer, plan.trainable, mesh))
-        compute = Compute(jnp.float32, xla, remat, microbatches, True)
-        batch = Batch(*jax.device_put(tuple(packed(rows, length, cuts)), batch_sharding(mesh)))
+        compute = Compute(jnp.float32, KERNELS.get(model, attention.xla), remat, microbatches, True)
+        lay_out = packed_pairs if model == "encoder-decoder" else packed
+        batch: AnyBatch = jax.device_put(lay_out(rows, length, cuts), batch_sharding(mesh))
         lowered = jax.jit(make_train_step(plan.graph, optimizer, compute)).lower(state, frozen, batch)
         step = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})  # compiling is most of the time
         after, metrics = step(state, frozen, batch)
@@ -98,6 +118,10 @@ COMBINATIONS = [
     ("experts", {"fsdp": 2, "context": 2, "tensor": 2}),
     ("experts", {"slice": 2, "data": 2, "fsdp": 2}),
     ("experts", {"expert": 4, "tensor": 2}),
+    ("latent", {"context": 4, "tensor": 2}),
+    ("latent", {"fsdp": 2, "expert": 2, "context": 2}),
+    ("encoder-decoder", {"context": 4, "tensor": 2}),
+    ("encoder-decoder", {"fsdp": 2, "data": 2, "context": 2}),
 ]
 AT_ONCE = 2  # the first of them; the others run in `make test-long`
 

@@ -29,18 +29,30 @@ HF_CONFIG = {
     "max_position_embeddings": 64, "tie_word_embeddings": False,
 }  # fmt: skip
 ONE = {"fsdp": 1}
-SPLITS = [
-    pytest.param(ONE, 1, id="1 device, 1 x 8"),
-    pytest.param(ONE, 2, id="1 device, 2 x 4"),
-    pytest.param(ONE, 4, id="1 device, 4 x 2"),
-    pytest.param(ONE, 8, id="1 device, 8 x 1"),
-    pytest.param({"fsdp": 8}, 1, id="fsdp 8"),
-    pytest.param({"tensor": 2, "fsdp": 1, "data": 4}, 2, id="data 4 x tensor 2, 2 x 4"),
-    pytest.param({"fsdp": 4, "tensor": 2}, 1, id="fsdp 4 x tensor 2"),
-    pytest.param({"fsdp": 4, "tensor": 2}, 2, id="fsdp 4 x tensor 2, 2 x 4"),
-    pytest.param({"fsdp": 1, "tensor": 8}, 8, id="tensor 8, 8 x 1"),
-    pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, 1, id="fsdp 2 x context 2 x tensor 2"),
+BOTH = ("full", "lora")
+SPLITS = [  # mesh, microbatches, and the methods tried at once; the others run in `make test-long`
+    pytest.param(ONE, 1, BOTH, id="1 device, 1 x 8"),
+    pytest.param(ONE, 2, (), id="1 device, 2 x 4"),
+    pytest.param(ONE, 4, ("full",), id="1 device, 4 x 2"),
+    pytest.param(ONE, 8, ("lora",), id="1 device, 8 x 1"),
+    pytest.param({"fsdp": 8}, 1, ("full",), id="fsdp 8"),
+    pytest.param({"tensor": 2, "fsdp": 1, "data": 4}, 2, (), id="data 4 x tensor 2, 2 x 4"),
+    pytest.param({"fsdp": 4, "tensor": 2}, 1, (), id="fsdp 4 x tensor 2"),
+    pytest.param({"fsdp": 4, "tensor": 2}, 2, BOTH, id="fsdp 4 x tensor 2, 2 x 4"),
+    pytest.param({"fsdp": 1, "tensor": 8}, 8, (), id="tensor 8, 8 x 1"),
+    pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, 1, ("full",), id="fsdp 2 x context 2 x tensor 2"),
 ]
+
+
+def _tried() -> list[Any]:
+    """Every split with every method."""
+    tried = []
+    for split in SPLITS:
+        sizes, microbatches, at_once = split.values
+        for method in BOTH:
+            marks = () if method in at_once else pytest.mark.long
+            tried.append(pytest.param(method, sizes, microbatches, id=f"{method}, {split.id}", marks=marks))
+    return tried
 
 
 def _examples() -> list[Example]:
@@ -83,8 +95,10 @@ def _update(method: str, sizes: tuple, microbatches: int, packed: bool, wide: bo
         state = initial_state(optimizer, trainable)
         state = jax.device_put(state, state_shardings(optimizer, plan.trainable, mesh))
         compute = Compute(dtype, xla, "none", microbatches, method == "full", sources=SOURCES)
-        step = jax.jit(make_train_step(plan.graph, optimizer, compute))
-        after, metrics = step(state, frozen, Batch(*jax.device_put(tuple(batch), batch_sharding(mesh))))
+        batch = Batch(*jax.device_put(tuple(batch), batch_sharding(mesh)))
+        lowered = jax.jit(make_train_step(plan.graph, optimizer, compute)).lower(state, frozen, batch)
+        step = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})  # compiling is all the time
+        after, metrics = step(state, frozen, batch)
         gradient = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), state.trainable, after.trainable)
     paths, _ = jax.tree_util.tree_flatten_with_path(gradient)
     named = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
@@ -103,15 +117,22 @@ def _assert_equal(found: Any, expected: Any, tolerance: float) -> None:
         assert np.linalg.norm(found[1][name] - gradient) <= tolerance * norm, name
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize(("sizes", "microbatches"), SPLITS)
+@pytest.mark.parametrize(("method", "sizes", "microbatches"), _tried())
 def test_no_split_changes_the_gradient(method: str, sizes: dict, microbatches: int) -> None:
     expected = _update(method, tuple(ONE.items()), 1, True, False)
     _assert_equal(_update(method, tuple(sizes.items()), microbatches, True, False), expected, 1e-5)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("sizes", [ONE, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        ("full", ONE),
+        ("lora", {"fsdp": 4, "tensor": 2}),
+        pytest.param("lora", ONE, marks=pytest.mark.long),
+        pytest.param("full", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_packed_and_padded_rows_have_the_same_gradient(method: str, sizes: dict) -> None:
     expected = _update(method, tuple(ONE.items()), 1, True, False)
     _assert_equal(_update(method, tuple(sizes.items()), 2, False, False), expected, 1e-5)

@@ -96,9 +96,18 @@ def test_splash_over_a_mesh_is_the_reference(sizes):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 8}, {"context": 4, "tensor": 2}, {"fsdp": 4, "context": 2}], ids=str)
+SPLIT = [{"context": 8}, {"context": 4, "tensor": 2}, {"fsdp": 4, "context": 2}]
+SPLIT_AT_ONCE = [("xla", 40, 0), ("xla", 40, 1), ("xla", 40, 2), ("splash_interpreted", 1000, 1)]
+SPLIT_LATER = [
+    ("splash_interpreted", length, n) for length in (1000, 1024) for n in range(3) if (length, n) != (1000, 1)
+]
+
+
 @pytest.mark.parametrize(
-    ("kernel", "length"), [("xla", 40), ("splash_interpreted", 1024), ("splash_interpreted", 1000)]
+    ("kernel", "length", "sizes"),
+    [(kernel, length, SPLIT[n]) for kernel, length, n in SPLIT_AT_ONCE]
+    + [pytest.param(kernel, length, SPLIT[n], marks=pytest.mark.long) for kernel, length, n in SPLIT_LATER],
+    ids=str,
 )
 def test_queries_split_over_devices_see_what_one_device_sees(sizes, kernel, length):
     """Segments cross the devices' borders; a window, a soft-cap and sinks are at work, and gradients come back."""
