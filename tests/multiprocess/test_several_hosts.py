@@ -29,43 +29,48 @@ def assert_the_same_everywhere(mixture, tmp_path, *more, shapes=((1, 8), (2, 4),
         assert_close(tmp_path / f"{processes}", tmp_path / f"{shapes[0][0]}", **tolerances)
 
 
-METHODS = {"lora": (), "full": ("tuning.method=full", "optimizer.learning_rate=0.003")}
 LONGER = ("train.steps=20", "checkpoint.every_steps=10")
+FULL = ("tuning.method=full", "optimizer.learning_rate=0.003")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "experts"])
-def test_hosts_and_devices_change_nothing(mixture, tmp_path, method, sparse):
-    more = [*LONGER, "data.eval_fraction=0.1", "eval.every_steps=10", *METHODS[method]]
-    more += [f"model.path={experts(mixture)}", "mesh.expert=2"] if sparse else []
-    assert_the_same_everywhere(mixture, tmp_path, *more)
+def test_hosts_and_devices_change_nothing_in_adapters_of_a_dense_model(mixture, tmp_path):
+    assert_the_same_everywhere(mixture, tmp_path, *LONGER, "data.eval_fraction=0.1", "eval.every_steps=10")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "experts"])
-def test_in_float64_hosts_and_devices_change_nothing_to_nine_digits(mixture, tmp_path, method, sparse):
-    more = [*LONGER, *METHODS[method]]
-    more += [f"model.path={experts(mixture)}", "mesh.expert=2"] if sparse else []
+def test_hosts_and_devices_change_nothing_in_a_model_of_experts(mixture, tmp_path):
+    more = (f"model.path={experts(mixture)}", "mesh.expert=2", "data.eval_fraction=0.1", "eval.every_steps=10")
+    assert_the_same_everywhere(mixture, tmp_path, *LONGER, *FULL, *more)
+
+
+@pytest.mark.long
+def test_in_float64_hosts_and_devices_change_nothing_in_a_dense_model_to_nine_digits(mixture, tmp_path):
+    assert_the_same_everywhere(mixture, tmp_path, *LONGER, *FULL, env={"FLOAT64": "1"}, first=1e-9, last=1e-9)
+
+
+@pytest.mark.long
+def test_in_float64_hosts_and_devices_change_nothing_in_adapters_of_experts_to_nine_digits(mixture, tmp_path):
+    more = (*LONGER, f"model.path={experts(mixture)}", "mesh.expert=2")
     assert_the_same_everywhere(mixture, tmp_path, *more, env={"FLOAT64": "1"}, first=1e-9, last=1e-9)
 
 
 KINDS = {
-    "accumulated": ("tuning.method=full", "train.microbatch_rows=8", "train.batch_rows=16"),
-    "context": ("mesh.context=4", "mesh.fsdp=2"),
-    "tensor": ("mesh.tensor=4", "mesh.fsdp=2"),
-    "slices": ("mesh.slice=2", "mesh.fsdp=4"),
-    "all of a host's devices in one group": ("mesh.data=2", "mesh.tensor=4", "mesh.fsdp=1"),
-    "a group of both hosts": ("mesh.data=1", "mesh.tensor=8", "mesh.fsdp=1"),
-    "workers": ("data.workers=2",),
-    "phases": (
+    "microbatches, phases, rows made by workers": (
+        "tuning.method=full",
+        "train.microbatch_rows=8",
+        "train.batch_rows=16",
+        "data.workers=2",
         "data.phases.0.weights.first=1",
         "data.phases.0.weights.second=1",
         "data.phases.0.until.tokens=1500",
         "data.phases.1.weights.first=1",
         "data.phases.1.weights.second=5",
     ),
+    "context": ("mesh.context=4", "mesh.fsdp=2"),
+    "slices": ("mesh.slice=2", "mesh.fsdp=4"),
+    "all of a host's devices in one group": ("mesh.data=2", "mesh.tensor=4", "mesh.fsdp=1"),
+    "a group of both hosts": ("mesh.data=1", "mesh.tensor=8", "mesh.fsdp=1"),
 }
 
 
