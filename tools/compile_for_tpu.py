@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from jaxtune import adapters, assembly
-from jaxtune.batch import Batch
+from jaxtune.batch import AnyBatch, Batch, PairBatch
 from jaxtune.config import Config
 from jaxtune.cost_model.chips import CHIPS
 from jaxtune.cost_model.estimate import estimate
@@ -48,7 +48,20 @@ SHAPES = {
                       "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128,
                       "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu",
                       "rope_theta": 1e6, "max_position_embeddings": 32768},
+    "gpt-oss-20b": {"model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+                    "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+                    "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "rms_norm_eps": 1e-5,
+                    "hidden_act": "silu", "attention_bias": True, "rope_theta": 150000.0,
+                    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+                    "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                                     "truncate": False, "original_max_position_embeddings": 4096}},
+    "flan-t5-base": {"model_type": "t5", "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048,
+                     "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12, "relative_attention_num_buckets": 32,
+                     "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
+                     "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False, "decoder_start_token_id": 0},
 }  # fmt: skip
+
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 
 
 def compile_step(config: Config, shape: dict, *, devices: list, length: int) -> jax.stages.Compiled:
@@ -63,7 +76,11 @@ def compile_step(config: Config, shape: dict, *, devices: list, length: int) -> 
     frozen = _placed(plan.frozen, parameter_shardings(plan.frozen, mesh))
     where = batch_sharding(mesh)
     ints = jax.ShapeDtypeStruct((config.train.batch_rows, length), np.int32, sharding=where)
-    batch = Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(ints.shape, np.float32, sharding=where), ints)
+    batch: AnyBatch = Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(ints.shape, np.float32, sharding=where), ints)
+    if plan.config.is_encoder_decoder:
+        read_shape = (config.train.batch_rows, config.data.encoder_length or length)
+        read = jax.ShapeDtypeStruct(read_shape, np.int32, sharding=where)
+        batch = PairBatch(read, read, read, *batch)
     print(f"{adapters.count(plan.trainable):,} trained parameters", flush=True)
     with jax.set_mesh(mesh):  # tracing only: nothing can run on devices that are not here
         return compile_train_step(make_train_step(plan.graph, optimizer, compute), state, frozen, batch, platform="tpu")
@@ -80,7 +97,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--topology", default="v5p:2x2x2")
     parser.add_argument("--rows", type=int, default=2, help="rows per chip (or chips that share rows)")
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=2048, help="tokens; data.encoder_length: those that are read")
     parser.add_argument("--layers", type=int, help="another depth than the shape's")
     parser.add_argument("--hlo", type=pathlib.Path)
     parser.add_argument("settings", nargs="*", help="further key=value settings")
@@ -89,7 +106,7 @@ def main() -> None:
     devices = list(topology.devices)
     shape = dict(SHAPES[options.shape])
     if options.layers:
-        shape["num_hidden_layers"] = options.layers
+        shape |= {name: options.layers for name in LAYERS if name in shape}
     words = ["model.path=shape", "output=none", "data.train.0.path=none", f"tuning.method={options.method}"]
     mesh = make_mesh(decode([*words, *options.settings]).mesh.model_dump(), devices)
     rows = options.rows * len(devices) // mesh.shape["context"]
@@ -100,7 +117,8 @@ def main() -> None:
     text = compiled.as_text()
     if options.hlo:
         options.hlo.write_text(text)
-    tokens = config.train.batch_rows * options.length // len(devices)
+    row = options.length + (shape["model_type"] == "t5") * (config.data.encoder_length or options.length)
+    tokens = config.train.batch_rows * row // len(devices)
     costs = estimate(parse(text), CHIPS[devices[0].device_kind])
     result = {
         "shape": options.shape,
