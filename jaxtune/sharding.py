@@ -104,6 +104,16 @@ def check_batch(rows: int, mesh: Mesh, *, key: str = "train.batch_rows") -> None
         )
 
 
+def check_length(length: int, mesh: Mesh, *, key: str = "data.max_length") -> None:
+    """Raises ValueError when rows of `length` tokens cannot be split evenly over the mesh's context axis."""
+    ways = mesh.shape["context"]
+    if length % ways:
+        raise ValueError(
+            f"{key}: found {length}, which does not divide over mesh.context={ways}; expected a multiple of {ways}, "
+            f"e.g. {key}={max(ways, length // ways * ways)}"
+        )
+
+
 def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns how a parameter with these logical axes lies on the mesh.
 

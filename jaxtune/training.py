@@ -20,7 +20,7 @@ from jaxtune.metrics import MetricsLog, SilentLog, Terminal, duration
 from jaxtune.optimizer import make_optimizer, warmup_steps
 from jaxtune.rollbacks import Rollbacks
 from jaxtune.run_folder import RunFolder, open_run_folder
-from jaxtune.sharding import batch_sharding, check_batch, create_on_mesh, make_mesh, use_compilation_cache
+from jaxtune.sharding import batch_sharding, check_batch, check_length, create_on_mesh, make_mesh, use_compilation_cache
 from jaxtune.step import (
     TrainState,
     compile_eval_step,
@@ -65,6 +65,10 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     check_batch(config.train.microbatch_rows or config.train.batch_rows, mesh, key=_rows_key(config))
     with hosts.together():
         inputs, config = open_inputs(config, str(folder.local), terminal)
+    lengths = {"data.max_length": config.data.max_length, "data.encoder_length": config.data.encoder_length}
+    for key, length in lengths.items():
+        if length is not None:
+            check_length(length, mesh, key=key)
     agreement.check_inputs(inputs.base.fingerprint, {"data": inputs.stream, "evaluation": inputs.eval_stream})
 
     checkpoints = _open_checkpoints(config, folder, terminal)

@@ -13,6 +13,7 @@ from jaxtune.sharding import (
     activation_spec,
     batch_sharding,
     check_batch,
+    check_length,
     constrain,
     create_on_mesh,
     make_mesh,
@@ -74,6 +75,13 @@ def test_rows_are_split_over_the_batch_axes_alone():
         ((), (), ()),
     ],
 )
+def test_a_row_must_divide_over_context():
+    mesh = make_mesh({"context": 8})
+    check_length(64, mesh)
+    with pytest.raises(ValueError, match=r"data\.encoder_length: found 60, .*mesh\.context=8; .*encoder_length=56"):
+        check_length(60, mesh, key="data.encoder_length")
+
+
 def test_a_parameter_lies_by_its_logical_axes(axes, shape, spec):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     assert parameter_spec(axes, shape, mesh) == PartitionSpec(*spec)
