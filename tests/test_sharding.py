@@ -75,13 +75,6 @@ def test_rows_are_split_over_the_batch_axes_alone():
         ((), (), ()),
     ],
 )
-def test_a_row_must_divide_over_context():
-    mesh = make_mesh({"context": 8})
-    check_length(64, mesh)
-    with pytest.raises(ValueError, match=r"data\.encoder_length: found 60, .*mesh\.context=8; .*encoder_length=56"):
-        check_length(60, mesh, key="data.encoder_length")
-
-
 def test_a_parameter_lies_by_its_logical_axes(axes, shape, spec):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     assert parameter_spec(axes, shape, mesh) == PartitionSpec(*spec)
@@ -120,3 +113,10 @@ def test_constraints_change_no_number_and_need_no_mesh():
     with jax.set_mesh(make_mesh({"fsdp": -1})):
         placed = jax.jit(lambda x: constrain(x, ("batch", None)))(x)
     assert (placed == x).all() and placed.sharding.shard_shape(x.shape) == (1, 4)
+
+
+def test_a_row_must_divide_over_context():
+    mesh = make_mesh({"context": 8})
+    check_length(64, mesh)
+    with pytest.raises(ValueError, match=r"data\.encoder_length: found 60, .*mesh\.context=8; .*encoder_length=56"):
+        check_length(60, mesh, key="data.encoder_length")
