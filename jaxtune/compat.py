@@ -3,6 +3,7 @@
 jax 0.10 to 0.12 agree on all that we call (`set_mesh`, `shard_map`, explicit axis types), so this file is short.
 """
 
+import logging
 import os
 import pathlib
 import re
@@ -25,6 +26,7 @@ def prepare_environment() -> None:
     shown = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if shown and int(shown[1]) > 1:
         os.environ.setdefault("NPROC", str(4 * int(shown[1])))
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the stack of errors that it raises as well
     for store in ("FSSPEC_GS", "FSSPEC_S3"):
         os.environ.setdefault(store, '{"use_listings_cache": false}')
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
