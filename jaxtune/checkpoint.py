@@ -190,7 +190,7 @@ class Checkpoints:
             folder.rmtree()
 
     def _remove_unfinished(self) -> None:
-        for path in self.folder.iterdir():
+        for path in self._paths():
             if _UNFINISHED in path.name:
                 path.rmtree(missing_ok=True)
 
@@ -203,7 +203,13 @@ class Checkpoints:
                         self._remove(later)
 
     def _listed(self) -> list[int]:
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self._paths() if path.name.isdigit())
+
+    def _paths(self) -> list[epath.Path]:
+        try:
+            return list(self.folder.iterdir())
+        except FileNotFoundError:  # a bucket has no folder where nothing lies
+            return []
 
     def steps(self) -> list[int]:
         """Returns the steps that have a folder, usable or not."""

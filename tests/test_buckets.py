@@ -11,7 +11,7 @@ import jax
 import pytest
 import tiny_runs
 
-from jaxtune import hub, run_folder, training
+from jaxtune import hub, run_folder, watching
 from jaxtune.opening import open_model
 from jaxtune.run_folder import RunFolder
 from jaxtune.train import train
@@ -44,7 +44,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Loop, "_tell_realised", stop)  # any moment of step 1
+        patch.setattr(watching.Watcher, "_tell_realised", stop)  # any moment of step 1
         first = train(tiny_runs.config(base, data, OUTPUT, *words))
     assert first.exit_code == 143 and first.step == 1
     assert [record["step"] for record in records(bucket)] == [1]

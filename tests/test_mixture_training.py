@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxtune import loop
+from jaxtune import watching
 from jaxtune.decode import from_tree
 from jaxtune.train import train
 
@@ -61,14 +61,14 @@ def config(base, rows, output, *, steps=8, phases=(), weights=(3, 1), **data):
 
 def stop_after(monkeypatch, step):
     """Sends SIGTERM once this update is reported."""
-    report = loop.Loop._report
+    report = watching.Watcher._report
 
     def stopping(self, number, *given):
         report(self, number, *given)
         if number == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop.Loop, "_report", stopping)
+    monkeypatch.setattr(watching.Watcher, "_report", stopping)
 
 
 @pytest.fixture(scope="module")

@@ -201,11 +201,13 @@ def assert_equal(found, expected):
         assert np.linalg.norm(found[1][name] - gradient) <= 2e-5 * norm, name
 
 
+@pytest.mark.long
 def test_eight_devices_and_microbatches_change_no_gradient(base):
     expected = update(base, "full", {"fsdp": 1}, 1)
     assert_equal(update(base, "full", {"fsdp": 4, "tensor": 2}, 2), expected)
 
 
+@pytest.mark.long
 def test_nor_of_adapters_nor_what_dropout_zeroes(base):
     """Noise is drawn by row: the model's own and the adapters'."""
     expected = update(base, "lora", {"fsdp": 1}, 1, dropout=0.1)

@@ -94,7 +94,10 @@ def test_without_segments_the_neighbour_is_seen(decoder, attention):
     assert np.abs(before[:, B] - after[:, B]).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["dots", "minimal", "mid", "full"])
+@pytest.mark.parametrize(
+    "remat",
+    ["minimal", *(pytest.param(remat, marks=pytest.mark.long) for remat in ("dots", "mid", "full"))],
+)
 def test_remat_changes_no_gradient(decoder, remat):
     tokens, positions, segments = packed_row()
     graph, state = nnx.split(decoder)

@@ -129,7 +129,7 @@ def update(mesh, optimizer, hf_config):
     return float(metrics.loss), after.trainable
 
 
-@pytest.mark.parametrize("ways", [2, 4, 8])
+@pytest.mark.parametrize("ways", [2, pytest.param(4, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long)])
 def test_an_update_with_a_split_vocabulary_is_that_of_one_device(opened, ways):
     hf_config = open_folder(opened[0]).config
     loss, after = update(make_mesh({"tensor": ways, "fsdp": -1}), optax.sgd(1.0), hf_config)

@@ -133,7 +133,7 @@ def test_loss_and_every_gradient_equal_transformers(opened):
     _assert_gradients(*opened, remat="none")
 
 
-@pytest.mark.parametrize("remat", ["minimal", "full"])
+@pytest.mark.parametrize("remat", ["minimal", pytest.param("full", marks=pytest.mark.long)])
 def test_what_is_computed_again_changes_no_gradient(remat, tmp_path):
     path = t5_folders.tiny_folder("t5_1_1", tmp_path)
     _assert_gradients(t5_folders.tiny_model("t5_1_1"), t5_folders.load(path)[0], path, remat=remat)
