@@ -1,5 +1,5 @@
 # make quickstart   environment, a small model tuned and exported, its answers: a few minutes, no network but pip
-# make test         environment with the test tools, the test suite (15 to 20 minutes on 2 cores)
+# make test         environment with the test tools, the test suite (10 to 20 minutes on 2 cores)
 # make test-long    what takes longer: memory on large checkpoints, another transformers, compiling for TPUs
 # make lint types   ruff, mypy
 
