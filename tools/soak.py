@@ -28,6 +28,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 STEPS, SAVE_EVERY = 300, 5
 PRELOADED = ["jaxtune.train", "jaxtune.training", "transformers", "orbax.checkpoint", "grain"]
+PATIENCE = 5  # kills in a row that may leave no newer checkpoint, before the run is let live longer
 LATEST = 200.0  # seconds that processes may live on when one of them is gone: jax misses a host after 100
 
 
@@ -188,11 +189,15 @@ def main() -> int:
     timed = time.monotonic()
     soak.finish(reference)  # done already: how long a start takes
     longest = 3 * (time.monotonic() - timed)
-    began, kills = time.monotonic(), 0
+    began, kills, idle = time.monotonic(), 0, 0
     while kills < options.kills and time.monotonic() - began < 60 * options.minutes:
         before = time.monotonic()
         try:
+            newest = saved(output)
             outcome = soak.kill_once(output, longest)
+            idle = 0 if saved(output) > newest else idle + 1
+            if idle >= PATIENCE:  # the machine has become slower since it was timed
+                longest, idle = 1.3 * longest, 0
             kills += outcome == "killed"
             total["kills"] += outcome == "killed"
             if saved(output) >= STEPS:
