@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-from jaxtune import assembly, hosts, hub
+from jaxtune import assembly, blueprint, hosts, hub
 from jaxtune.config import Config
-from jaxtune.config_data import PAIR_LENGTHS
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.data.chat.templates import ChatTemplate, load_template, load_tokenizer
 from jaxtune.data.loader import open_eval_stream, open_stream, write_plan
@@ -62,35 +61,12 @@ def open_inputs(config: Config, output: str, terminal: Terminal) -> tuple[Inputs
 
 
 def _filled_in(config: Config, model: Any, tokenizer: Any, where: str) -> Config:
-    """Returns the configuration with what the model decides: lengths of rows, and an encoder-decoder's template.
-
-    Raises:
-        ValueError: a length beyond the model's positions, or a key that means nothing for this kind of model.
-    """
-    data = config.data
-    if model.is_encoder_decoder:
-        encoder_length, max_length = PAIR_LENGTHS
-        changes: dict[str, Any] = {
-            "encoder_length": data.encoder_length or encoder_length,
-            "max_length": data.max_length or max_length,
-        }
-        if data.template == "auto" and not tokenizer.chat_template:
-            changes["template"] = "plain"  # these models read and write bare text
-        return config.model_copy(update={"data": data.model_copy(update=changes)})
-    for key, found in (("data.encoder_length", data.encoder_length), ("model.dropout", config.model.dropout)):
-        if found:
-            raise ValueError(
-                f"{key}: found {found}, but {where} is a decoder alone, and this key is for an encoder-decoder such "
-                f"as T5; remove it ({'data.max_length' if key.startswith('data') else 'tuning.dropout'} is for all)"
-            )
-    positions = model.max_positions
-    max_length = data.max_length or min(2048, positions)
-    if max_length > positions:
-        raise ValueError(
-            f"data.max_length: found {max_length}; expected at most the model's {positions} positions "
-            f"(max_position_embeddings of {where})"
-        )
-    return config.model_copy(update={"data": data.model_copy(update={"max_length": max_length})})
+    """Returns the configuration with what the model decides: lengths of rows, and an encoder-decoder's template."""
+    config = blueprint.fill_lengths(config, model, where)
+    if model.is_encoder_decoder and config.data.template == "auto" and not tokenizer.chat_template:
+        plain = config.data.model_copy(update={"template": "plain"})  # these models read and write bare text
+        return config.model_copy(update={"data": plain})
+    return config
 
 
 def _check_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> None:

@@ -6,28 +6,25 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxtune import adapters, agreement, assembly, card, hosts
+from jaxtune import adapters, agreement, assembly, blueprint, card, hosts
 from jaxtune.checkpoint import Checkpoints, Patience
 from jaxtune.config import Config
 from jaxtune.convert.writing import check_space
-from jaxtune.data.stream import Stream
 from jaxtune.exporting import export
 from jaxtune.faults import Watchdog
 from jaxtune.inputs import Inputs, count_steps, open_inputs
 from jaxtune.loop import Loop, Outcome
 from jaxtune.memory import memory_explained
 from jaxtune.metrics import MetricsLog, SilentLog, Terminal, duration
-from jaxtune.optimizer import make_optimizer, warmup_steps
+from jaxtune.optimizer import warmup_steps
 from jaxtune.rollbacks import Rollbacks
 from jaxtune.run_folder import RunFolder, open_run_folder
-from jaxtune.sharding import batch_sharding, check_batch, check_length, create_on_mesh, make_mesh, use_compilation_cache
+from jaxtune.sharding import create_on_mesh, make_mesh, use_compilation_cache
 from jaxtune.step import (
     TrainState,
     compile_eval_step,
-    compile_train_step,
     initial_state,
     make_eval_step,
-    make_train_step,
     state_shardings,
 )
 
@@ -62,13 +59,10 @@ def run(config: Config) -> Result:
 
 def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     mesh = jax.sharding.get_mesh()
-    check_batch(config.train.microbatch_rows or config.train.batch_rows, mesh, key=_rows_key(config))
+    blueprint.check_rows(config, mesh)
     with hosts.together():
         inputs, config = open_inputs(config, str(folder.local), terminal)
-    lengths = {"data.max_length": config.data.max_length, "data.encoder_length": config.data.encoder_length}
-    for key, length in lengths.items():
-        if length is not None:
-            check_length(length, mesh, key=key)
+    blueprint.check_lengths(config, mesh)
     agreement.check_inputs(inputs.base.fingerprint, {"data": inputs.stream, "evaluation": inputs.eval_stream})
 
     checkpoints = _open_checkpoints(config, folder, terminal)
@@ -79,10 +73,16 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
             raise ValueError(
                 f"train.steps: found {steps}, but {folder.path} is at step {saved['step']}; expected at least as many"
             )
-        plan = _plan_model(config, inputs)
-        optimizer = make_optimizer(config, max(steps, 1), plan.trainable)
-        compute, attention_reason = assembly.resolve_compute(config, plan, mesh.devices.flat[0].platform)
-        terminal.say(_describe_plan(config, plan, steps, attention_reason, inputs))
+        drawn = blueprint.draw(
+            config,
+            inputs.base.config,
+            mesh,
+            where=inputs.base.path,
+            steps=steps,
+            sources=len(inputs.stream.source_names) if inputs.stream is not None else 1,
+        )
+        plan = drawn.model
+        terminal.say(_describe_plan(drawn, steps, inputs))
         with hosts.together():
             if hosts.index() == 0:
                 folder.write_config(config)
@@ -91,9 +91,9 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
         start = saved["step"] if saved else 0
         if start < steps and config.model.param_dtype == "file":
             assembly.refuse_float16(plan, inputs.base)
-        state, frozen = _load_state(config, plan, optimizer, inputs, checkpoints, newest, terminal)
+        state, frozen = _load_state(drawn, inputs, checkpoints, newest, terminal)
         if start < steps:
-            train_step, eval_step = _compile(config, plan, optimizer, compute, state, frozen, inputs, terminal)
+            train_step, eval_step = _compile(drawn, state, frozen, inputs, terminal)
             state, outcome = _train(
                 config,
                 plan,
@@ -168,13 +168,6 @@ def _open_checkpoints(config: Config, folder: RunFolder, terminal: Terminal) -> 
     return Checkpoints(str(folder.path / "checkpoints"), keep=keys.keep, patience=patience, say=terminal.say)
 
 
-def _plan_model(config: Config, inputs: Inputs) -> assembly.ModelPlan:
-    dtype, param_dtype = assembly.resolve_dtypes(config, jax.sharding.get_mesh().devices.flat[0].platform)
-    return assembly.plan_model(
-        inputs.base.config, config.tuning, param_dtype=param_dtype or dtype, seed=config.seed, where=inputs.base.path
-    )
-
-
 def _check_disk(config: Config, plan: assembly.ModelPlan, inputs: Inputs, folder: RunFolder) -> None:
     """Raises ValueError when the disk cannot hold what the run will write: a full disk at the end wastes the run."""
     trainable = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.trainable))
@@ -186,30 +179,18 @@ def _check_disk(config: Config, plan: assembly.ModelPlan, inputs: Inputs, folder
 
 
 def _compile(
-    config: Config,
-    plan: assembly.ModelPlan,
-    optimizer: Any,
-    compute: Any,
-    state: TrainState,
-    frozen: nnx.State,
-    inputs: Inputs,
-    terminal: Terminal,
+    drawn: blueprint.Blueprint, state: TrainState, frozen: nnx.State, inputs: Inputs, terminal: Terminal
 ) -> tuple[Any, Any]:
     """Returns the compiled update, and the compiled evaluation where there is something to evaluate."""
-    mesh = jax.sharding.get_mesh()
-    platform = mesh.devices.flat[0].platform
-    assert inputs.stream is not None
-    example = _abstract_batch(config, inputs.stream, mesh)
-    with memory_explained(config, None):
+    with memory_explained(drawn.config, None):
         with terminal.working("compiling the training step"):
-            sources, spikes = len(inputs.stream.source_names), config.train.spike_factor
-            update = make_train_step(plan.graph, optimizer, compute._replace(sources=sources, spike_factor=spikes))
-            train_step = compile_train_step(update, state, frozen, example, platform=platform)
+            train_step = blueprint.compile_update(drawn, state, frozen)
         if inputs.eval_stream is None:
             return train_step, None
         with terminal.working("compiling the evaluation"):
-            evaluation = make_eval_step(plan.graph, compute._replace(sources=len(inputs.eval_stream.source_names)))
-            eval_step = compile_eval_step(evaluation, state.trainable, frozen, example, platform=platform)
+            sources = len(inputs.eval_stream.source_names)
+            evaluation = make_eval_step(drawn.model.graph, drawn.compute._replace(sources=sources))
+            eval_step = compile_eval_step(evaluation, state.trainable, frozen, drawn.batch, platform=drawn.platform)
     return train_step, eval_step
 
 
@@ -261,7 +242,7 @@ def _train(
         check_folder=folder.check_lock,
         watchdog=Watchdog(config.train.hang_seconds, folder.local / f"hang-host{hosts.index()}.txt"),
         mesh=jax.sharding.get_mesh(),
-        flops_per_token=_flops_per_token(config, plan),
+        flops_per_token=blueprint.flops_per_token(config, plan),
         base_fingerprint=inputs.base.fingerprint,
         rollbacks=rollbacks,
     )
@@ -271,13 +252,9 @@ def _train(
         return loop.run(state, frozen, data_state, start=start, best=checkpoints.best_loss(), seen=seen)
 
 
-def _rows_key(config: Config) -> str:
-    return "train.microbatch_rows" if config.train.microbatch_rows else "train.batch_rows"
-
-
-def _describe_plan(config: Config, plan: assembly.ModelPlan, steps: int, attention_reason: str, inputs: Inputs) -> str:
+def _describe_plan(drawn: blueprint.Blueprint, steps: int, inputs: Inputs) -> str:
+    config, plan, mesh = drawn.config, drawn.model, drawn.mesh
     trainable, total = adapters.count(plan.trainable), adapters.count((plan.trainable, plan.frozen))
-    mesh = jax.sharding.get_mesh()
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     room = inputs.stream.maker.rows.room if inputs.stream else (config.data.max_length or 0,)
     tokens = config.train.batch_rows * sum(room)
@@ -287,7 +264,7 @@ def _describe_plan(config: Config, plan: assembly.ModelPlan, steps: int, attenti
         [
             f"model {inputs.base.path}: {total:,} parameters, {trainable:,} of them trained "
             f"({trainable / total:.2%}; {method})",
-            f"devices {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({split}); {attention_reason}",
+            f"devices {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({split}); {drawn.why_attention}",
             f"{steps:,} steps of {config.train.batch_rows} rows x {width} = {tokens:,} tokens; "
             f"{config.optimizer.name}, learning rate {config.learning_rate:g} {config.optimizer.schedule}, "
             f"warm-up {warmup_steps(config, steps)} steps",
@@ -297,16 +274,10 @@ def _describe_plan(config: Config, plan: assembly.ModelPlan, steps: int, attenti
 
 
 def _load_state(
-    config: Config,
-    plan: assembly.ModelPlan,
-    optimizer: Any,
-    inputs: Inputs,
-    checkpoints: Checkpoints,
-    newest: int | None,
-    terminal: Terminal,
+    drawn: blueprint.Blueprint, inputs: Inputs, checkpoints: Checkpoints, newest: int | None, terminal: Terminal
 ) -> tuple[TrainState, nnx.State]:
     """Returns (state, frozen weights); the state as it was at step `newest`, if there is one."""
-    mesh = jax.sharding.get_mesh()
+    config, plan, mesh, optimizer = drawn.config, drawn.model, drawn.mesh, drawn.optimizer
     loading: dict[str, Any] = {
         "mesh": mesh,
         "init": config.model.init,
@@ -321,31 +292,9 @@ def _load_state(
             return state, frozen
     trainable = assembly.trainable_specs(plan, inputs.base, keep_file_dtypes=loading["keep_file_dtypes"])
     abstract = jax.eval_shape(lambda tree: initial_state(optimizer, tree), trainable)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )
     with terminal.working(f"restoring step {newest}"):
-        restored = checkpoints.restore(newest, placed)
+        restored = checkpoints.restore(newest, blueprint.placed(abstract, shardings))
     return restored.state, frozen
-
-
-def _abstract_batch(config: Config, stream: Stream, mesh: Any) -> Any:
-    """Returns a global batch as shapes, where its arrays will lie."""
-    where = batch_sharding(mesh)
-    empty = stream.maker.rows.lay_out([[]] * config.train.batch_rows)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), empty)
-
-
-def _flops_per_token(config: Config, plan: assembly.ModelPlan) -> float:
-    """Returns model FLOPs of training on one token: 6 a parameter, 4 where weights get no gradient.
-
-    The embedding lookup costs none; attention's own part is left out, as in PaLM's appendix B for short rows. A token
-    of an encoder-decoder passes one of the two stacks, taken as half of all.
-    """
-    total = adapters.count((plan.trainable, plan.frozen))
-    embedding = 0 if plan.config.tie_embeddings else plan.config.vocab_size * plan.config.width
-    passed = (total - embedding) / (2 if plan.config.is_encoder_decoder else 1)
-    return (6.0 if config.tuning.method == "full" else 4.0) * passed
 
 
 def _summary(outcome: Outcome, hf: str | None, adapter: str | None) -> str:

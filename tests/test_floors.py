@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("parity", "describing"),
     ("fitting",),
     ("loop", "opening"),
-    ("assembly", "card", "exporting", "inputs", "watching", "agreement", "feeding"),
+    ("assembly", "blueprint", "card", "exporting", "inputs", "watching", "agreement", "feeding"),
     ("convert",),
     ("step", "router_loss", "adapters", "decoding"),
     ("models",),
