@@ -1,0 +1,465 @@
+#!/usr/bin/env bash
+# jaxtune on TPU VMs, through queued resources.
+#
+#   tpu-vm.sh up --name NAME --tpu v5p-16 --zone ZONE --project PROJECT [CONFIG.yaml] [key=value ...]
+#
+# The same words fit all commands: change the first one.
+#
+# up       create, setup, run; after a preemption delete, create again and go on, until the run has ended
+# resume   the same on what may be there already: follows a run, starts it again, or makes the TPU anew
+# create   ask for the TPU and wait until all its machines are there
+# setup    copy this checkout and the configuration to every machine and install them
+# run      start the training on every machine and follow it (Ctrl-C leaves it running)
+# logs     follow the log of the first machine        status   state of the TPU and of the training
+# stop     have the training save and end             delete   delete the TPU and see that it is gone
+#
+#   --name NAME          the queued resource and its nodes
+#   --tpu NAME           v4-N and v5p-N count TensorCores, two a chip; v5e-N and v6e-N count chips
+#   --zone, --project    or CLOUDSDK_COMPUTE_ZONE, CLOUDSDK_CORE_PROJECT
+#   --slices N           so many slices as one run (1)
+#   --spot, --reserved   which capacity (on demand)
+#   --wait SECONDS       give up, and delete the request, when it takes longer (21600)
+#   --restarts N         how often a run that was preempted or killed is started again (20)
+#   --poll SECONDS       between looks at the TPU and the log (30)
+#   --delete-when-done   delete the TPU whatever way this script ends
+#   --package SPEC       install this with pip instead of this checkout: "jaxtune[tpu]", git+https://...
+#   --env NAME           hand this variable of yours to the run, HF_TOKEN say; may be repeated
+#   --gcloud FLAG        one more flag for `create`, --gcloud=--network=NET say; may be repeated
+#   --runtime VERSION    another image of the machines
+#   --dry-run            print every command, run none
+#
+# Exit codes: 0 finished; 1 error; 2 usage; otherwise that of the training. Nothing stays behind without a word: the last
+# lines say what is still billed, and the command that deletes it.
+set -euo pipefail
+# shellcheck source=cloud/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+
+NAME='' TPU='' SLICES=1 WAIT=21600 RESTARTS=20 POLL=30 RUNTIME='' PACKAGE='' DELETE_WHEN_DONE=no
+ZONE=${CLOUDSDK_COMPUTE_ZONE:-} PROJECT=${CLOUDSDK_CORE_PROJECT:-}
+CREATE_FLAGS=() ENVIRONMENT=() REST=()
+ASSUMED=ACTIVE # state of the request, in dry runs
+BILLED=no      # whether something may be there that costs money
+STARTED=no     # whether a training is under way that this script has started or follows
+RESTARTED=0
+SEEN=0         # lines of the log that were shown
+OUTCOME=''     # of a run that was followed: finished, saved, lost, killed N, failed N
+
+main() {
+  local command=${1:-} nodes
+  case $command in
+    '') usage_error "no command: up, resume, create, setup, run, logs, status, stop, delete" ;;
+    -h | --help) print_help "$0" && exit 0 ;;
+    up | resume | create | setup | run | logs | status | stop | delete) shift ;;
+    *) usage_error "$command: expected up, resume, create, setup, run, logs, status, stop or delete" ;;
+  esac
+  read_options "$@"
+  case $command in up | resume | create) read_tpu ;; esac
+  case $command in
+    up | resume | setup | run)
+      split_words ${REST[@]+"${REST[@]}"}
+      need_bucket
+      ;;
+  esac
+  need gcloud
+  QUEUED=(gcloud compute tpus queued-resources)
+  WHERE=(--zone="$ZONE" --project="$PROJECT" --quiet)
+  DESCRIBE=("${QUEUED[@]}" describe "$NAME" "${WHERE[@]}" --format='value(state.state)')
+  DELETE=("${QUEUED[@]}" delete "$NAME" "${WHERE[@]}" --force)
+  nodes=$NAME
+  if [ "$SLICES" -gt 1 ]; then nodes="$NAME-(0$(for ((i = 1; i < SLICES; i++)); do printf '|%s' "$i"; done))"; fi
+  NODES=(gcloud compute tpus tpu-vm list "${WHERE[@]}" --filter="name~/$nodes\$")
+  trap 'exit 129' HUP
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  trap 'at_exit $?' EXIT
+  case $command in up | resume | setup) stage_files ;; esac
+  "command_$command"
+}
+
+read_options() {
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    esac
+    case $1 in
+      --spot | --reserved) CREATE_FLAGS+=("$1") && shift && continue ;;
+      --delete-when-done) DELETE_WHEN_DONE=yes && shift && continue ;;
+      --dry-run) DRY_RUN=yes && shift && continue ;;
+      --*) value_of "$1" $# "${2:-}" ;;
+      *) REST+=("$1") && shift && continue ;;
+    esac
+    case $1 in
+      --name) NAME=$2 ;;
+      --tpu) TPU=$2 ;;
+      --zone) ZONE=$2 ;;
+      --project) PROJECT=$2 ;;
+      --slices) SLICES=$2 ;;
+      --wait) WAIT=$2 ;;
+      --restarts) RESTARTS=$2 ;;
+      --poll) POLL=$2 ;;
+      --package) PACKAGE=$2 ;;
+      --runtime) RUNTIME=$2 ;;
+      --env) ENVIRONMENT+=("$2") ;;
+      --gcloud) CREATE_FLAGS+=("$2") ;;
+      *) usage_error "$1 is no option" ;;
+    esac
+    shift 2
+  done
+  plain_name --name "$NAME"
+  [ -n "$ZONE" ] || usage_error "--zone is missing (or CLOUDSDK_COMPUTE_ZONE)"
+  [ -n "$PROJECT" ] || usage_error "--project is missing (or CLOUDSDK_CORE_PROJECT)"
+  whole_number --slices "$SLICES"
+  whole_number --wait "$WAIT"
+  whole_number --restarts "$RESTARTS"
+  whole_number --poll "$POLL"
+  local variable
+  for variable in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
+    [ -n "${!variable:-}" ] || usage_error "--env $variable: that variable is not set here"
+  done
+}
+
+read_tpu() {
+  read_tpu_name "$TPU" "$SLICES"
+  RUNTIME=${RUNTIME:-$TPU_RUNTIME}
+  [ -n "$RUNTIME" ] || usage_error "--tpu: $TPU_KIND is not rented as a TPU VM; ../gke takes it"
+  [ "$TPU_IS_USUAL_SHAPE" = yes ] || usage_error "--tpu: $TPU: a TPU VM of $TPU_ACCELERATOR_TYPE has another shape; ../gke takes any"
+  say "$TPU_DESCRIPTION"
+}
+
+# ---- commands, in the order of a run
+
+command_up() {
+  refuse_if_there
+  create_until_ready
+  set_up_and_start
+  follow_to_the_end
+}
+
+command_resume() {
+  local state
+  BILLED=yes
+  state=$(state_of_request)
+  case $state in
+    UNKNOWN) fail "cannot see whether $NAME is there: $(quoted "${DESCRIBE[@]}")" ;;
+    GONE | FAILED | SUSPENDING | SUSPENDED | DELETING) recreate ;;
+    *) wait_until_ready || recreate ;;
+  esac
+  case $(first_machine report 1000000000 2>/dev/null || true) in
+    *"jaxtune-job: running"*) say "it is running; following it" ;;
+    *) set_up_and_start ;;
+  esac
+  follow_to_the_end
+}
+
+command_create() {
+  refuse_if_there
+  provision || fail "the TPU was taken away before it was ready"
+}
+
+command_setup() { BILLED=yes && set_up; }
+
+command_run() {
+  BILLED=yes
+  start_training
+  follow
+  end_as_told
+}
+
+command_logs() { run "${QUEUED[@]}" ssh "$NAME" "${WHERE[@]}" --node=0 --worker=0 --command="bash jaxtune-job/worker.sh logs"; }
+
+command_status() {
+  say "queued resource: $(state_of_request)"
+  say "nodes: $(node_states | tr '\n' ' ')"
+  say "training: $(first_machine report 1000000000 2>/dev/null || echo 'no answer')"
+}
+
+command_stop() { BILLED=yes && every_machine stop; }
+
+command_delete() { BILLED=yes && delete_all; }
+
+# ---- the TPU
+
+refuse_if_there() {
+  case $(ASSUMED=GONE state_of_request) in
+    GONE) ;;
+    UNKNOWN) fail "gcloud does not answer: $(quoted "${DESCRIBE[@]}")" ;;
+    *) fail "$NAME is there already: use resume, delete, or another --name" ;;
+  esac
+}
+
+# provision: creates the TPU and waits for it; returns 1 where it was taken away meanwhile (and is deleted).
+provision() {
+  local nodes=(--node-id="$NAME") output attempt pause=$PAUSE
+  if [ "$SLICES" -gt 1 ]; then nodes=(--node-count="$SLICES" --node-prefix="$NAME"); fi
+  for ((attempt = 1; ; attempt++)); do
+    BILLED=yes
+    # valid-until: a request that is forgotten, this script's machine being gone, never turns into a bill later.
+    if output=$(run "${QUEUED[@]}" create "$NAME" "${WHERE[@]}" --accelerator-type="$TPU_ACCELERATOR_TYPE" \
+      --runtime-version="$RUNTIME" "${nodes[@]}" --valid-until-duration="${WAIT}s" \
+      ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"} 2>&1); then
+      break
+    fi
+    say "$output"
+    # It failed, and may all the same have left a request or nodes behind.
+    case $(state_of_request) in
+      GONE) BILLED=no ;;
+      ACTIVE | PROVISIONING | CREATING | ACCEPTED | WAITING_FOR_RESOURCES) break ;;
+      UNKNOWN) fail "the request failed, and gcloud does not tell whether it left something behind" ;;
+      *) delete_all ;;
+    esac
+    case $output in
+      *[Qq]uota* | *RESOURCE_EXHAUSTED*) fail "no quota for $TPU_ACCELERATOR_TYPE in $ZONE (spot, on demand and reserved have quotas of their own)" ;;
+      *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *"invalid choice"* | *unrecognized*) fail "gcloud refused the request" ;;
+    esac
+    [ "$attempt" -lt "$ATTEMPTS" ] || fail "the TPU could not be requested, $ATTEMPTS times"
+    sleep "$pause"
+    pause=$((pause * 2))
+  done
+  wait_until_ready
+}
+
+# wait_until_ready: returns 0 when every slice is there, 1 when the TPU was taken away (and has been deleted).
+wait_until_ready() {
+  local state nodes ready since=$SECONDS silent=0
+  while :; do
+    state=$(state_of_request)
+    silent=$((silent + 1))
+    [ "$state" = UNKNOWN ] || silent=0
+    [ "$silent" -lt 10 ] || fail "gcloud has not answered 10 times: $(quoted "${DESCRIBE[@]}")"
+    if [ "$state" = ACTIVE ]; then
+      nodes=$(node_states)
+      ready=$(printf '%s\n' "$nodes" | grep -c '^READY$' || true)
+      [ "$ready" -ne "$SLICES" ] || return 0
+      if is_gone "$nodes"; then state=SUSPENDED; else state="ACTIVE, but $ready of $SLICES slices are ready"; fi
+    fi
+    case $state in
+      FAILED)
+        say "$("${QUEUED[@]}" describe "$NAME" "${WHERE[@]}" --format='value(state)' 2>&1 || true)"
+        delete_all
+        fail "the request failed (gcloud's words are above); it is deleted"
+        ;;
+      SUSPENDING | SUSPENDED | DELETING | GONE)
+        say "the TPU was taken away: $state"
+        delete_all
+        return 1
+        ;;
+    esac
+    if [ $((SECONDS - since)) -ge "$WAIT" ]; then
+      delete_all
+      fail "after ${WAIT}s the TPU was still $state; the request is deleted"
+    fi
+    say "$(date +%T) $NAME: $state"
+    sleep "$POLL"
+  done
+}
+
+recreate() {
+  SEEN=0
+  [ "$(state_of_request)" = GONE ] || delete_all
+  create_until_ready
+}
+
+create_until_ready() {
+  until provision; do count_restart "it was taken away before it was ready"; done
+}
+
+# The state of the queued resource, GONE where there is none, UNKNOWN where gcloud fails otherwise.
+state_of_request() {
+  local output
+  if output=$(ask "$ASSUMED" "${DESCRIBE[@]}" 2>&1); then
+    printf '%s\n' "${output##*$'\n'}"
+  elif [[ $output == *NOT_FOUND* || $output == *"not found"* ]]; then
+    echo GONE
+  else
+    say "$output"
+    echo UNKNOWN
+  fi
+}
+
+# The state of every node of this queued resource, one a line.
+node_states() {
+  ask "$(for ((i = 0; i < SLICES; i++)); do echo READY; done)" "${NODES[@]}" --format='value(state)' || true
+}
+
+is_gone() { printf '%s\n' "$1" | grep -q -E '^(PREEMPTED|TERMINATED|STOPPED|STOPPING|DELETING|HIDDEN)$'; }
+
+# Deletes the queued resource with its nodes, and nodes that are left; ends here where it cannot.
+delete_all() {
+  local left
+  retry delete_request || fail "$NAME could not be deleted"
+  left=$(ask '' "${NODES[@]}" --format='value(name)') || fail "cannot see whether nodes of $NAME are left"
+  for left in $left; do
+    say "$left was left behind"
+    retry run gcloud compute tpus tpu-vm delete "${left##*/}" "${WHERE[@]}" || fail "$left could not be deleted"
+  done
+  [ "$DRY_RUN" = yes ] || say "$NAME is deleted"
+  BILLED=no
+  STARTED=no
+}
+
+delete_request() { run "${DELETE[@]}" || [ "$(state_of_request)" = GONE ]; }
+
+# ---- the training
+
+first_machine() {
+  local command=$1
+  shift
+  ask 'jaxtune-job: ended 0 0' "${QUEUED[@]}" ssh "$NAME" "${WHERE[@]}" --node=0 --worker=0 \
+    --command="$(quoted bash jaxtune-job/worker.sh "$command" "$@")"
+}
+
+every_machine() {
+  run "${QUEUED[@]}" ssh "$NAME" "${WHERE[@]}" --node=all --worker=all \
+    --command="$(quoted bash jaxtune-job/worker.sh "$@")" </dev/null
+}
+
+# Gathers what every machine gets, before anything is asked for that costs money.
+stage_files() {
+  local variable
+  STAGE=${XDG_CACHE_HOME:-$HOME/.cache}/jaxtune-cloud/$NAME/jaxtune-job
+  [ "$DRY_RUN" = no ] || return 0
+  rm -rf "$STAGE"
+  mkdir -p "$STAGE"
+  chmod 700 "$STAGE"
+  cp "$CLOUD/tpu-vm/worker.sh" "$STAGE/worker.sh"
+  [ -z "$CONFIG" ] || cp "$CONFIG" "$STAGE/config.yaml"
+  [ -n "$PACKAGE" ] ||
+    tar -C "$CLOUD/.." --exclude=__pycache__ -czf "$STAGE/source.tar.gz" jaxtune pyproject.toml README.md LICENSE
+  for variable in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
+    printf "%s='%s'\n" "$variable" "$(printf '%s' "${!variable}" | sed "s/'/'\\\\''/g")" >>"$STAGE/env"
+  done
+}
+
+# Copies the files to every machine, and installs. The first connections to new machines often fail.
+set_up() {
+  retry run "${QUEUED[@]}" scp --recurse "$STAGE" "$NAME:" "${WHERE[@]}" --node=all --worker=all || return
+  retry every_machine setup ${PACKAGE:+"$PACKAGE"}
+}
+
+start_training() {
+  STARTED=yes
+  every_machine start ${CONFIG:+config.yaml} ${WORDS[@]+"${WORDS[@]}"}
+}
+
+# set_up_and_start: a machine that does not come through has perhaps been preempted; then another TPU, so many times.
+set_up_and_start() {
+  until set_up && start_training; do
+    was_taken_away || fail "a machine could not be set up, or the training not be started there"
+    count_restart "the TPU was taken away during set-up"
+    recreate
+  done
+}
+
+# follow: shows the log as it grows until the run has ended or is lost, and sets OUTCOME.
+follow() {
+  local report state code lines silent=0
+  STARTED=yes
+  while :; do
+    if report=$(first_machine report $((SEEN + 1)) 2>/dev/null) && [[ ${report##*$'\n'} == jaxtune-job:* ]]; then
+      silent=0
+      read -r _ state code lines <<<"${report##*$'\n'}"
+      if [[ $report == *$'\n'* ]]; then printf '%s\n' "${report%$'\n'*}"; fi
+      SEEN=$lines
+      case $state in
+        running) ;;
+        ended) told_by_code "$code" && return ;;
+        *) told_by_code 137 && return ;; # the machine has been started anew
+      esac
+    else
+      silent=$((silent + 1))
+      if was_taken_away || [ "$silent" -ge 10 ]; then
+        OUTCOME=lost
+        return
+      fi
+    fi
+    sleep "$POLL"
+  done
+}
+
+# A run whose machines vanish one after the other ends with an error too: that is a preemption, not a failure.
+told_by_code() {
+  case $1 in
+    0) OUTCOME=finished ;;
+    143) OUTCOME=saved ;;
+    1 | 2 | 130) OUTCOME="failed $1" ;;
+    *) OUTCOME="killed $1" ;;
+  esac
+  STARTED=no
+  [ "$1" -ne 0 ] || return 0
+  [ "$1" -eq 143 ] || sleep "$POLL" # until the state of the TPU tells
+  if was_taken_away; then OUTCOME=lost; fi
+}
+
+was_taken_away() {
+  local state
+  state=$(state_of_request)
+  case $state in
+    ACTIVE) is_gone "$(node_states)" ;;
+    UNKNOWN) return 1 ;;
+    *) return 0 ;;
+  esac
+}
+
+# follow_to_the_end: follows, and starts again what was preempted or killed, RESTARTS times in all.
+follow_to_the_end() {
+  while :; do
+    follow
+    case $OUTCOME in
+      saved | killed*)
+        count_restart "the training ended: $OUTCOME"
+        every_machine stop || true # others may still wait for the one that was killed
+        if ! start_training; then
+          was_taken_away || fail "the training could not be started again"
+          recreate
+          set_up_and_start
+        fi
+        ;;
+      lost)
+        count_restart "the TPU was taken away"
+        recreate
+        set_up_and_start
+        ;;
+      *) break ;;
+    esac
+  done
+  end_as_told
+}
+
+count_restart() {
+  say "$1"
+  [ "$RESTARTED" -lt "$RESTARTS" ] || fail "started again $RESTARTS times; that is enough (--restarts)"
+  RESTARTED=$((RESTARTED + 1))
+  say "going on with the same command, start $RESTARTED of at most $RESTARTS"
+}
+
+end_as_told() {
+  case $OUTCOME in
+    finished) say "the training has finished: $OUTPUT" ;;
+    saved) say "the training was stopped, and has saved" && exit 143 ;;
+    lost) fail "the TPU was taken away" ;;
+    *) say "error: the training ended with exit code ${OUTCOME#* }; its log is above" && exit "${OUTCOME#* }" ;;
+  esac
+}
+
+# Whatever way this script ends: nothing is left that costs money without these lines.
+at_exit() {
+  local code=$1
+  trap '' HUP INT TERM
+  trap - EXIT
+  [ -z "${STAGE:-}" ] || rm -rf "$STAGE"
+  if [ "$BILLED" = yes ] && [ "$DELETE_WHEN_DONE" = yes ]; then
+    say "deleting $NAME (--delete-when-done)"
+    [ "$STARTED" = no ] || every_machine stop >/dev/null 2>&1 || true
+    if (delete_all); then BILLED=no; else code=$((code ? code : 1)); fi
+  fi
+  if [ "$BILLED" = yes ] && [ "$DRY_RUN" = no ]; then
+    say "STILL BILLED: $NAME, $SLICES x ${TPU:-TPU} in $ZONE of project $PROJECT. To delete it:"
+    say "  $(quoted "${DELETE[@]}")"
+    say "and to see that nothing is left:"
+    say "  $(quoted "${NODES[@]}")"
+    [ "$STARTED" = no ] || say "The training goes on there; the same words after 'resume' follow it."
+  fi
+  exit "$code"
+}
+
+main "$@"

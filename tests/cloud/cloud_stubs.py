@@ -1,0 +1,98 @@
+"""Stand-ins for gcloud, kubectl, sbatch and the like: they record how they were called and answer as a test says."""
+
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CLOUD = ROOT / "cloud"
+PROGRAMS = ("gcloud", "kubectl", "xpk", "sky", "sbatch", "squeue", "scancel", "srun", "scontrol", "docker")
+NOT_FOUND = "echo 'ERROR: (gcloud) NOT_FOUND: Resource was not found' >&2; exit 1"
+
+# Records the words of the call, then plays the next answer of the first rule whose text is in them.
+STUB = """#!/usr/bin/env bash
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$STUBS/calls"
+line="${0##*/} $*"
+for rule in "$STUBS"/rules/*/; do
+  if [[ $line == *"$(<"$rule/text")"* ]]; then
+    next=$(cat "$rule/next" 2>/dev/null || echo 0)
+    [ -e "$rule/$((next + 1)).sh" ] && echo $((next + 1)) >"$rule/next"
+    source "$rule/$next.sh"
+    exit
+  fi
+done
+"""
+
+
+class Stubs:
+    """A folder of programs that go before the real ones in PATH, and what they were asked."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir(parents=True)
+        (folder / "rules").mkdir()
+        (folder / "home").mkdir()
+        for program in PROGRAMS:
+            (self.bin / program).write_text(STUB)
+            (self.bin / program).chmod(0o755)
+        self.environment = {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "HOME": str(folder / "home"),
+            "STUBS": str(folder),
+            "PYTHON": sys.executable,
+            "JAXTUNE_CLOUD_PAUSE": "0",
+            "LANG": "C.UTF-8",
+        }
+
+    def answer(self, text: str, *snippets: str) -> None:
+        """Calls with `text` in them run the snippets of bash one after the other, the last one again and again.
+
+        The rule that was made first decides; without a rule a call prints nothing and succeeds.
+        """
+        rule = self.folder / "rules" / f"{len(list((self.folder / 'rules').iterdir())):03}"
+        rule.mkdir()
+        (rule / "text").write_text(text)
+        for number, snippet in enumerate(snippets or ("",)):
+            (rule / f"{number}.sh").write_text(snippet + "\n")
+
+    def calls(self) -> list[list[str]]:
+        """Every call so far, as a list of words."""
+        recorded = self.folder / "calls"
+        text = recorded.read_text() if recorded.exists() else ""
+        return [call.split("\0")[:-1] for call in text.split("\n\0")[:-1]]
+
+    def lines(self) -> list[str]:
+        """Every call so far, each as one line that a shell would read."""
+        return [shlex.join(call) for call in self.calls()]
+
+    def start(self, script: str, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """Starts a script of cloud/ in a session of its own, as a terminal would."""
+        return subprocess.Popen(
+            ["bash", str(CLOUD / script), *words],
+            env=self.environment | environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs a script of cloud/ to its end."""
+        process = self.start(script, *words, **environment)
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def dry_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The commands that a dry run printed, in the form of `Stubs.lines`."""
+    assert done.returncode == 0, done.stderr
+    return [shlex.join(shlex.split(line)) for line in done.stdout.splitlines()]
