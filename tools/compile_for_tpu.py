@@ -119,7 +119,7 @@ def main() -> None:
         options.hlo.write_text(text)
     row = options.length + (shape["model_type"] == "t5") * (config.data.encoder_length or options.length)
     tokens = config.train.batch_rows * row // len(devices)
-    costs = estimate(parse(text), CHIPS[devices[0].device_kind])
+    costs = estimate(parse(text), CHIPS[devices[0].device_kind], mesh=mesh.shape)
     result = {
         "shape": options.shape,
         "method": options.method,

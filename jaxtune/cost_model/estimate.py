@@ -1,9 +1,9 @@
-"""A step's cycles on one chip, from the text of its compiled module: the compiler's own estimate, op by op.
+"""A step on one chip, from the text of its compiled module: cycles, by the compiler's own estimate op by op, and the
+time of the collectives that they do not hide.
 
 The compiler writes into each scheduled op how many cycles it expects; loops are counted. A Pallas call carries no
-estimate and is charged the larger of FLOPs / peak and bytes / bandwidth, an attention kernel's FLOPs by the shapes of q
-and k with the causal half, any other kernel's by its bytes alone. Collectives that overlap with work carry none either:
-they are counted with their bytes.
+estimate and is charged by `kernels`, a collective none either: `links` says what it takes and `schedule` what of that
+is exposed. A step takes its cycles and the exposed time.
 """
 
 import collections
@@ -12,27 +12,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtune.cost_model.chips import Chip
-from jaxtune.cost_model.hlo import Instruction, Module, Shape
+from jaxtune.cost_model.flops import product_flops
+from jaxtune.cost_model.hlo import Instruction, Module
+from jaxtune.cost_model.kernels import is_kernel, kernel_cycles, kernel_flops
+from jaxtune.cost_model.links import Network
+from jaxtune.cost_model.parts import COLLECTIVES, part_of
+from jaxtune.cost_model.schedule import Schedule, Traffic
 
-# Matrix products of an attention kernel by what its name says, each of 2 T S H FLOPs: forward; key and value gradients;
-# query gradient; both gradients in one. (FlashAttention-2, Dao 2023, section 3.1.2, counts the same five backward.)
-PRODUCTS = {"fwd": 2, "dkv": 5, "dq": 3}
-OTHER_PRODUCTS = 7
-ATTENTION = re.compile(r"splash|flash|mha|mqa|attention")
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-
-# The part of a step that an op belongs to: that of the innermost of its functions that is named here.
-PARTS: Mapping[str, str] = {
-    "Attention.__call__": "attention",
-    "LatentAttention.__call__": "attention",
-    "Mlp.__call__": "mlp",
-    "SparseMlp.__call__": "experts",
-    "Embedding.__call__": "embedding",
-    "token_losses": "head",
-    "RMSNorm.__call__": "norms",
-    "LayerNorm.__call__": "norms",
-    "make_train_step.<locals>.train_step": "optimizer",
-}
+EXPERT = "expert"  # the axis of the mesh that experts are spread over
 
 
 class Calls(NamedTuple):
@@ -42,67 +29,62 @@ class Calls(NamedTuple):
     cycles: float
 
 
-class Traffic(NamedTuple):
-    """Collectives of one kind in a step: how many, and the bytes that they give one device."""
-
-    number: int
-    size: float
-
-
 class Estimate(NamedTuple):
-    """One step on one chip. `parts`: cycles by part, kernels included; "other" is what no function tells."""
+    """One step on one chip.
+
+    `cycles` of what the chip computes, kernels included; `flops` of the matrix products and known kernels that it
+    runs, what is computed again included; `exposed`: seconds of collectives that nothing hides; `seconds`: of all.
+    `parts`: cycles by part of the step, the exposed time among them as "collectives", so that they sum up to
+    `seconds` times the clock. `collectives` by kind and axes of the mesh.
+    """
 
     cycles: float
+    flops: float
+    exposed: float
+    seconds: float
     parts: dict[str, float]
     kernels: dict[str, Calls]
-    collectives: dict[str, Traffic]
+    collectives: dict[tuple[str, tuple[str, ...]], Traffic]
 
 
-def estimate(module: Module, chip: Chip) -> Estimate:
-    """Adds up what a step runs."""
+def estimate(
+    module: Module, chip: Chip, *, mesh: Mapping[str, int], directions: Mapping[str, float] | None = None
+) -> Estimate:
+    """Adds up what a step runs.
+
+    Args:
+        mesh: sizes of the mesh's axes, the slowest first.
+        directions: links of a chip that each axis uses, as `links.directions` finds them; 2 for an axis left out.
+
+    Raises:
+        ValueError: a chip whose compiler estimates no cycles.
+    """
+    if chip.clock is None:
+        raise ValueError("found a chip without a clock; expected a TPU, whose compiler estimates cycles")
+    experts = mesh.get(EXPERT, 1)
+
+    def cycles_of(instruction: Instruction) -> float:
+        if is_kernel(instruction):
+            return kernel_cycles(instruction, chip, experts=experts)
+        return float(instruction.cycles or 0)
+
+    flops = 0.0
     parts: dict[str, float] = collections.defaultdict(float)
     kernels: dict[str, Calls] = {}
-    collectives: dict[str, Traffic] = {}
     for instruction, times in module.executed():
-        cycles = float(instruction.cycles or 0)
-        if instruction.target == "tpu_custom_call" and not cycles:
-            cycles = kernel_cycles(instruction, chip)
+        cycles = cycles_of(instruction)
+        if is_kernel(instruction):
             label = re.sub(r"[.\d]+$", "", instruction.name)
             number, total = kernels.get(label, (0, 0.0))
             kernels[label] = Calls(number + times, total + times * cycles)
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            number, size = collectives.get(kind, (0, 0.0))
-            given = sum(shape.size for shape in instruction.results)
-            begun = 2 if instruction.opcode.endswith("-start") else 1  # its type has what goes in, too
-            collectives[kind] = Traffic(number + times, size + times * given / begun)
+            flops += times * kernel_flops(instruction, experts=experts)
+        elif instruction.opcode in ("fusion", "convolution", "dot"):
+            flops += times * product_flops(module, instruction)
         parts[part_of(module, instruction)] += times * cycles
-    return Estimate(sum(parts.values()), dict(parts), kernels, collectives)
-
-
-def part_of(module: Module, instruction: Instruction) -> str:
-    """Returns the part of the step that an op belongs to."""
-    functions = module.functions.get(instruction.frame or 0, ())
-    return next((PARTS[name] for name in functions if name in PARTS), "other")
-
-
-def kernel_cycles(instruction: Instruction, chip: Chip) -> float:
-    """Returns what a Pallas call is charged."""
-    operands, flops = instruction.operands, 0.0
-    if ATTENTION.search(instruction.name):
-        flops = attention_flops(instruction.name, operands)
-    size = sum(shape.size for shape in (*instruction.results, *operands))
-    return max(flops / chip.peak, size / chip.bandwidth) * chip.clock
-
-
-def attention_flops(name: str, operands: list[Shape]) -> float:
-    """Returns the FLOPs of a causal attention kernel: its first large arrays are q `[... T H]` and k `[... S H]`."""
-    large = [s.dims for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) >= 3 and s.dims[-1] >= 32]
-    if len(large) < 2:
-        return 0.0
-    (*lead, queries, head), keys = large[0], large[1][-2]
-    products = next((n for word, n in PRODUCTS.items() if word in name), OTHER_PRODUCTS)
-    batch = 1
-    for size in lead:
-        batch *= size
-    return 0.5 * products * 2.0 * batch * queries * keys * head
+    cycles = sum(parts.values())
+    clock = chip.clock
+    schedule = Schedule(module, Network(chip, mesh, directions or {}), lambda one: cycles_of(one) / clock)
+    schedule.run()
+    exposed = sum(traffic.exposed for traffic in schedule.traffic.values())
+    parts[COLLECTIVES] += exposed * clock
+    return Estimate(cycles, flops, exposed, cycles / clock + exposed, dict(parts), kernels, schedule.traffic)

@@ -4,10 +4,9 @@ The grammar is that of XLA's HLO text (openxla.org/xla/hlo_dumps); only what cos
 module of a TPU is scheduled, so the order of its instructions is the order in which they begin.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 BYTES: dict[str, float] = dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1)
 BYTES |= dict.fromkeys(("s16", "u16", "bf16", "f16"), 2) | dict.fromkeys(("s32", "u32", "f32"), 4)
 BYTES |= dict.fromkeys(("s64", "u64", "f64"), 8) | dict.fromkeys(("s4", "u4"), 0.5)
+CALLS = ("call", "call-start", "async-start")  # ops that run a computation once, here or on another core
 _UNKNOWN_CYCLES = 1 << 62  # what the compiler writes for work of another core is the largest number there is
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -39,6 +39,21 @@ class Shape(NamedTuple):
 def shapes(text: str) -> list[Shape]:
     """Returns the arrays of a type, those of tuples one after another."""
     return [Shape(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in _SHAPE.findall(text)]
+
+
+def elements(text: str) -> list[str]:
+    """Returns the types that a tuple's type is made of; of any other type the type itself."""
+    if not text.startswith("("):
+        return [text]
+    found, depth, begin = [], 0, 1
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if (depth == 1 and character == ",") or not depth:
+            found.append(re.sub(r"/\*.*?\*/", "", text[begin:place]).strip())
+            begin = place + 1
+        if not depth:
+            break
+    return found
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,16 @@ class Instruction:
         """The arrays that a custom call reads, where their layouts are given."""
         found = re.search(r"operand_layout_constraints=\{(.*?)\}, \w+=", self.rest)
         return shapes(found[1]) if found else []
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the instructions that it reads, in order; of a custom call too."""
+        depth, end = 0, 0
+        for end, character in enumerate(self.rest):
+            depth += (character in "([{") - (character in ")]}")
+            if not depth:
+                break
+        return re.findall(r"%([\w.\-]+)", self.rest[:end])
 
     @property
     def results(self) -> list[Shape]:
@@ -104,6 +129,11 @@ class Module:
     computations: dict[str, tuple[Instruction, ...]]
     functions: dict[int, tuple[str, ...]]
 
+    @cached_property
+    def named(self) -> dict[str, Instruction]:
+        """Every instruction by its name; no two of a module share one."""
+        return {one.name: one for lines in self.computations.values() for one in lines}
+
     def executed(self) -> Iterator[Executed]:
         """Yields what a step runs, in order: loop bodies times their trips, of branches the costliest alone."""
         yield from self._run(self.entry, 1)
@@ -113,16 +143,27 @@ class Module:
             if instruction.opcode == "while":
                 for body in instruction.called("body"):
                     yield from self._run(body, times * self.trips(instruction))
-            elif instruction.opcode in ("call", "call-start", "async-start"):
+            elif instruction.opcode in CALLS:
                 yield Executed(instruction, times)
                 for name in instruction.called("to_apply", "calls"):
                     yield from self._run(name, times)
             elif instruction.opcode == "conditional":
-                branches = instruction.called("branch_computations", "true_computation", "false_computation")
-                if branches:
-                    yield from self._run(max(branches, key=self._cycles), times)
+                for name in self.taken(instruction):
+                    yield from self._run(name, times)
             else:
                 yield Executed(instruction, times)
+
+    def taken(self, conditional: Instruction) -> list[str]:
+        """The costliest of its branches."""
+        branches = conditional.called("branch_computations", "true_computation", "false_computation")
+        return [max(branches, key=self._cycles)] if branches else []
+
+    def inside(self, instruction: Instruction) -> Iterator[Instruction]:
+        """Yields what a fusion, or another call of one computation, is made of."""
+        for name in instruction.called("calls", "to_apply"):
+            for one in self.computations.get(name, ()):
+                yield one
+                yield from self.inside(one)
 
     def _cycles(self, computation: str) -> int:
         return sum((one.cycles or 0) * times for one, times in self._run(computation, 1))
@@ -220,41 +261,3 @@ def _stacks(tables: dict[str, dict[int, str]]) -> dict[int, tuple[str, ...]]:
             at = int(frames[at].get("parent_frame_id", 1)) - 1  # numbered from 1, so that 1 is nobody
         out[number] = tuple(stack)
     return out
-
-
-def replica_groups(rest: str) -> list[list[int]]:
-    """Returns the groups of devices, by their place in the mesh, that a collective runs over; none where none is said.
-
-    Three ways of writing them: `{{0,1},{2,3}}`, `[2,2]<=[4]` (a reshaped, maybe transposed count), and
-    `mesh['a'=2,'b'=2] {'b'}` (axes of a mesh of its own).
-    """
-    if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest):
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        sizes, dims = _numbers(found[1]), _numbers(found[2])
-        order = _numbers(found[3]) if found[3] else range(len(dims))
-        return _split(_transposed(dims, order), math.prod(sizes[1:]))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        over = re.findall(r"'([^']+)'", found[2])
-        names, dims = list(axes), list(axes.values())
-        order = [*(i for i, name in enumerate(names) if name not in over), *(names.index(name) for name in over)]
-        return _split(_transposed(dims, order), math.prod(axes[name] for name in over))
-    return []
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
-
-
-def _transposed(dims: Sequence[int], order: Sequence[int]) -> list[int]:
-    """The numbers 0, 1, ... of an array of these dimensions, read in another order of its axes."""
-    steps = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
-    return [
-        sum(at * steps[axis] for at, axis in zip(place, order, strict=True))
-        for place in itertools.product(*(range(dims[axis]) for axis in order))
-    ]
-
-
-def _split(numbers: Sequence[int], size: int) -> list[list[int]]:
-    return [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]

@@ -4,7 +4,8 @@ import pytest
 
 from jaxtune.cost_model.chips import CHIPS
 from jaxtune.cost_model.estimate import estimate
-from jaxtune.cost_model.hlo import parse, replica_groups, shapes
+from jaxtune.cost_model.groups import replica_groups
+from jaxtune.cost_model.hlo import parse, shapes
 
 CHIP = CHIPS["TPU v5"]
 
@@ -86,12 +87,14 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
 
 
 def test_loops_branches_and_parts():
-    found = estimate(parse(LOOPS), CHIP)
+    found = estimate(parse(LOOPS), CHIP, mesh={"fsdp": 8})
     inner = 3 * 5 * 7 + 2 * 7
+    exposed = found.parts.pop("collectives")
     assert found.parts == {"optimizer": 1000, "mlp": inner + 3 * 11, "other": 100 + 13}
+    assert exposed == pytest.approx(found.exposed * CHIP.clock) and found.exposed > 0
     assert found.cycles == 1000 + inner + 33 + 113
-    assert found.collectives["all-gather"] == (1, (8 + 32) * 4 / 2)
-    assert found.collectives["all-reduce"] == (1, 32)
+    assert found.collectives[("all-gather", ("fsdp",))][:2] == (1, 3 / 4 * 32 * 4)
+    assert found.collectives[("all-reduce", ("fsdp",))][:2] == (1, 2 * 7 / 8 * 32)
 
 
 KERNEL = """\
@@ -111,8 +114,8 @@ over lines"}}
 
 
 def test_kernels_are_charged_by_flops_or_bytes():
-    found = estimate(parse(KERNEL), CHIP)
-    flops = 0.5 * 2 * 2 * (2 * 4) * 256 * 512 * 128
+    found = estimate(parse(KERNEL), CHIP, mesh={})
+    flops = 0.75 * 2 * 2 * (2 * 4) * 256 * 512 * 128  # the last half of a row's queries sees 3/4 of its pairs
     size = 2 * (2 * 4 * 256 * 128) * 2 + 4 * 2 * 4 * 256 + 2 * 2 * (2 * 512 * 128) + 8
     assert found.kernels["splash_mqa_fwd"].number == 1
     attention = max(flops / CHIP.peak, size / CHIP.bandwidth) * CHIP.clock
