@@ -86,12 +86,7 @@ class Instruction:
     @property
     def inputs(self) -> list[str]:
         """Names of the instructions that it reads, in order; of a custom call too."""
-        depth, end = 0, 0
-        for end, character in enumerate(self.rest):
-            depth += (character in "([{") - (character in ")]}")
-            if not depth:
-                break
-        return re.findall(r"%([\w.\-]+)", self.rest[:end])
+        return re.findall(r"%([\w.\-]+)", self.rest[: _end_of(self.rest)])
 
     @property
     def results(self) -> list[Shape]:
@@ -235,6 +230,16 @@ def _instruction(name: str, text: str) -> Instruction:
     found = re.match(r"([\w\-]+)(\(.*)", text[end + 1 :], re.S)
     opcode, rest = (found[1], found[2]) if found else ("", text[end + 1 :])
     return Instruction(name, opcode, text[:end], rest)
+
+
+def _end_of(text: str) -> int:
+    """Place of the bracket that closes the first one."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if not depth:
+            return place
+    return len(text)
 
 
 def _end_of_type(text: str) -> int:
