@@ -10,7 +10,7 @@ OTHER = "other"
 # part of it: residuals, what is saved for the backward pass, layers taken out of their stack.
 PARTS: Mapping[str, str] = {
     "low_rank": "adapters",
-    "_low_rank_rows": "adapters",
+    "low_rank_rows": "adapters",
     "Attention.__call__": "attention",
     "Attention.keys_and_values": "attention",
     "LatentAttention.__call__": "attention",

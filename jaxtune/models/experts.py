@@ -167,9 +167,14 @@ def _apply(
         is_own = jax.nn.one_hot(expert, arrays.bias.shape[0], dtype=rows.dtype)
         y += jnp.dot(is_own, (arrays.bias * share).astype(rows.dtype), precision=jax.lax.Precision.HIGHEST)
     if arrays.lora_a is not None:
-        low = matmul(rows, arrays.lora_a.astype(rows.dtype), sizes)
-        y += matmul(low, arrays.lora_b.astype(rows.dtype), sizes)
+        y += low_rank_rows(arrays, rows, sizes, matmul)
     return y
+
+
+def low_rank_rows(arrays: ExpertArrays, rows: jax.Array, sizes: jax.Array, matmul: Matmul) -> jax.Array:
+    """Multiplies rows as `layers.low_rank` does, each by the adapter of its own expert."""
+    low = matmul(rows, arrays.lora_a.astype(rows.dtype), sizes)
+    return matmul(low, arrays.lora_b.astype(rows.dtype), sizes)
 
 
 class SparseMlp(nnx.Module):
