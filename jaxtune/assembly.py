@@ -102,7 +102,7 @@ def resolve_compute(config: Config, plan: ModelPlan, platform: str) -> tuple[Com
         dtype=resolve_dtypes(config, platform)[0],
         attention=attention,
         remat=remat,
-        microbatches=config.train.batch_rows // (config.train.microbatch_rows or config.train.batch_rows),
+        microbatches=config.train.batch_rows // config.rows_at_once,
         train_head=config.tuning.method == "full",
         dropout_seed=config.seed if dropout else None,
         dropout_rate=config.model.dropout,

@@ -98,21 +98,43 @@ def compile_update(blueprint: Blueprint, state: Any = None, frozen: Any = None) 
             blueprint.frozen if frozen is None else frozen,
             blueprint.batch,
             platform=blueprint.platform,
+            options=blueprint.config.train.compiler_options,
         )
 
 
 def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError when the mesh does not divide the rows that are computed at once."""
     key = "train.microbatch_rows" if config.train.microbatch_rows else "train.batch_rows"
-    check_batch(config.train.microbatch_rows or config.train.batch_rows, mesh, key=key)
+    check_batch(config.rows_at_once, mesh, key=key)
 
 
 def check_lengths(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError when the mesh does not divide the rows' lengths."""
-    lengths = {"data.max_length": config.data.max_length, "data.encoder_length": config.data.encoder_length}
-    for key, length in lengths.items():
-        if length is not None:
-            check_length(length, mesh, key=key)
+    for key, length in lengths(config).items():
+        check_length(length, mesh, key=key)
+
+
+def lengths(config: Config) -> dict[str, int]:
+    """Returns the positions of a row by their key, of both sides of an encoder-decoder's."""
+    found = {"data.encoder_length": config.data.encoder_length, "data.max_length": config.data.max_length}
+    return {key: length for key, length in found.items() if length is not None}
+
+
+def check_memory(compiled: jax.stages.Compiled, limit: float) -> None:
+    """Raises ValueError when a compiled update needs more than `limit` bytes of a device.
+
+    A TPU's compiler refuses by itself; other compilers leave it to the run to fail.
+    """
+    needed = memory_needed(compiled)
+    if needed > limit:
+        raise ValueError(f"the update needs {needed / 2**30:.1f} GiB of a device that has {limit / 2**30:.1f}")
+
+
+def memory_needed(compiled: jax.stages.Compiled) -> int:
+    """Returns the bytes of a device that a compiled update needs: what it is given, makes and has at hand."""
+    memory: Any = compiled.memory_analysis()
+    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return int(whole + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
 
 
 def placed(tree: Any, shardings: Any) -> Any:

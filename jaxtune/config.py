@@ -6,7 +6,7 @@ How YAML text and `key=value` words become a `Config` stands in `decode.py`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jaxtune.config_data import DataConfig, Fraction, Positive, Section, problems_of_data
 
@@ -29,7 +29,9 @@ class ModelConfig(Section):
     )
     attention: Literal["auto", "xla", "splash", "tokamax"] = Field("auto", description="attention kernel")
     remat: Literal["auto", "none", "dots", "minimal", "mid", "full"] = Field(
-        "auto", description="what the backward pass recomputes; auto is none on CPU and minimal elsewhere"
+        "auto",
+        description="what the backward pass recomputes; auto is none on CPU, and elsewhere what is fastest of that "
+        "which fits",
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="dropout inside an encoder-decoder while it is trained; adapters have tuning.dropout"
@@ -83,8 +85,13 @@ class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0)] = 3.0
     steps: Annotated[int, Field(ge=0)] | None = Field(None, description="optimizer updates; wins over epochs")
     batch_rows: Positive = Field(8, description="rows of max_length tokens in one update, over all devices")
-    microbatch_rows: Positive | None = Field(
-        None, description="rows computed at once; the rest of the batch is accumulated; default: the whole batch"
+    microbatch_rows: Literal["auto"] | Positive | None = Field(
+        None,
+        description="rows computed at once; the rest of the batch is accumulated; default: the whole batch; auto is "
+        "what is fastest of that which fits",
+    )
+    compiler_options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="told to XLA for the update, in place of ours or beside them"
     )
     max_bad_steps: Positive = Field(5, description="stop after so many updates in a row with a NaN or infinity")
     preempted_exit_code: Annotated[int, Field(ge=1, le=255)] = 143
@@ -106,8 +113,9 @@ class TrainConfig(Section):
 
 
 class MeshConfig(Section):
-    """Devices along each axis; one axis may be -1, meaning all that are left."""
+    """Devices along each axis; one axis may be -1, meaning all that are left. `mesh: auto` says `auto: true`."""
 
+    auto: bool = Field(False, description="all axes are chosen: what is fastest of that which fits")
     slice: Annotated[int, Field(ge=-1)] = 1
     data: Annotated[int, Field(ge=-1)] = 1
     fsdp: Annotated[int, Field(ge=-1)] = -1
@@ -177,6 +185,11 @@ class Config(Section):
     log: LogConfig = LogConfig()
     export: ExportConfig = ExportConfig()
 
+    @field_validator("mesh", mode="before")
+    @classmethod
+    def _whole_mesh(cls, value: Any) -> Any:
+        return {"auto": True} if value == "auto" else value
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         problems = []
@@ -184,18 +197,26 @@ class Config(Section):
             problems.append("data.train: found no source; expected at least one, e.g. data.train.0.path=FILE.jsonl")
         problems += problems_of_data(self.data, steps=self.train.steps)
         rows, micro = self.train.batch_rows, self.train.microbatch_rows
-        if micro is not None and rows % micro:
+        if isinstance(micro, int) and rows % micro:
             problems.append(f"train.microbatch_rows: found {micro}; expected a divisor of train.batch_rows = {rows}")
         if isinstance(self.data.lanes, int) and rows % self.data.lanes:
             problems.append(f"data.lanes: found {self.data.lanes}; expected a divisor of train.batch_rows = {rows}")
-        axes = self.mesh.model_dump()
+        axes = self.mesh.model_dump(exclude={"auto"})
         if sum(size == -1 for size in axes.values()) > 1:
             problems.append(f"mesh: found {axes}; expected at most one axis with -1")
         empty = [axis for axis, size in axes.items() if size == 0]
         problems += [f"mesh.{axis}: found 0; expected a size of at least 1, or -1" for axis in empty]
+        if self.mesh.auto and axes != MeshConfig().model_dump(exclude={"auto"}):
+            problems.append("mesh: found auto beside sizes; expected one of the two")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that are computed together: a microbatch, or the whole batch (where it is still to be chosen, too)."""
+        micro = self.train.microbatch_rows
+        return micro if isinstance(micro, int) else self.train.batch_rows
 
     @property
     def learning_rate(self) -> float:

@@ -69,24 +69,21 @@ class _Yaml12Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Yaml12Loader.yaml_implicit_resolvers
 
 
-def decode(words: Sequence[str]) -> Config:
+def decode(words: Sequence[str], missing: Mapping[str, Any] | None = None) -> Config:
     """Returns the configuration that command-line words describe.
 
     Args:
-        words: at most one YAML file, and any number of `dotted.key=value`; later words win over earlier ones and over
-            the file. A list item is named by its number: `data.train.0.path=FILE`.
+        words: YAML files, and any number of `dotted.key=value`; later ones win over earlier ones, words over files. A
+            list item is named by its number: `data.train.0.path=FILE`; a file's list takes the place of another's.
+        missing: a tree of what stands where neither says anything.
 
     Raises:
         ConfigError: with every problem: path, value found, what was expected, nearest key.
     """
     tree: dict[str, Any] = {}
-    origins: dict[str, str] = {}
     for word in words:
         if "=" not in word:
-            if origins.get("") is not None:
-                raise ConfigError(f"found two configuration files, {origins['']} and {word}; expected one at most")
-            origins[""] = word
-            tree = read_yaml(word)
+            tree = _filled(read_yaml(word), tree)
     problems = []
     for word in words:
         if "=" in word:
@@ -94,7 +91,15 @@ def decode(words: Sequence[str]) -> Config:
             problems += _assign(tree, key, text)
     if problems:
         raise ConfigError("\n".join(problems))
-    return from_tree(tree)
+    return from_tree(_filled(tree, missing or {}))
+
+
+def _filled(tree: Any, missing: Mapping[str, Any]) -> Any:
+    """The tree with keys that it lacks; where it has something else than keys, that is left to be complained of."""
+    if not isinstance(tree, dict):
+        return tree
+    inner = {key: _filled(tree.get(key, {}), value) for key, value in missing.items() if isinstance(value, Mapping)}
+    return {**missing, **tree, **inner}
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:

@@ -17,7 +17,7 @@ import numpy as np
 import packaging.requirements
 import packaging.utils
 
-from jaxtune import assembly, hosts, hub, sharding
+from jaxtune import assembly, blueprint, hosts, hub, sharding
 from jaxtune.asking import Finding
 from jaxtune.compat import has_chips, has_gpu
 from jaxtune.config import Config
@@ -205,11 +205,8 @@ def _mesh(config: Config | None) -> tuple[Any, str | None]:
     except ValueError as error:
         return None, str(error)
     if config is not None:
-        rows, key = config.train.microbatch_rows, "train.microbatch_rows"
-        if rows is None:
-            rows, key = config.train.batch_rows, "train.batch_rows"
         try:
-            sharding.check_batch(rows, mesh, key=key)
+            blueprint.check_rows(config, mesh)
         except ValueError as error:
             return mesh, str(error)
     return mesh, None

@@ -97,6 +97,16 @@ def resolve_folder(path: str, revision: str | None = None) -> str:
         raise ValueError(hub_problem(path, error, kind="model", revision=revision)) from error
 
 
+def resolve_config(path: str, revision: str | None = None) -> str:
+    """The folder of a model's config.json, which alone is fetched of a hub id; else as `resolve_folder`."""
+    if not is_hub_id(path) or os.path.exists(os.path.expanduser(path)):
+        return resolve_folder(path, revision)
+    try:
+        return os.path.dirname(huggingface_hub.hf_hub_download(path, "config.json", revision=revision))
+    except Exception as error:
+        raise ValueError(hub_problem(path, error, kind="model", revision=revision)) from error
+
+
 def local_companions(path: str) -> str:
     """The folder itself, or for a URL a local copy of its small files (tokenizer, configs), which libraries read.
 

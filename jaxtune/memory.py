@@ -33,7 +33,7 @@ def explain_out_of_memory(config: Config, analysis: Any, error: BaseException) -
         analysis: the compiled step's memory analysis (bytes per device), or None when it did not compile.
         error: the error that XLA raised.
     """
-    rows = config.train.microbatch_rows or config.train.batch_rows
+    rows = config.rows_at_once
     lines = ["out of device memory."]
     if analysis is not None:
         gib = 2**30

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "train.epochs",
     "train.steps",
     "train.microbatch_rows",
+    "train.compiler_options",
     "train.max_bad_steps",
     "train.preempted_exit_code",
     "train.hang_seconds",

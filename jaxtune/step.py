@@ -4,7 +4,7 @@ Losses and gradients are sums over tokens until the one division by the global w
 microbatches nor the split over devices changes what is learned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -122,14 +122,10 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, compute: Compute
-) -> Callable[[TrainState, nnx.State, AnyBatch], tuple[TrainState, StepMetrics]]:
-    """Returns `train_step(state, frozen, batch)`, a pure function ready for `jax.jit`.
-
-    An update whose loss or gradient is not finite, or a spike, leaves parameters and optimizer as they were and is
-    counted.
-    """
+def make_loss(
+    graph: nnx.GraphDef, compute: Compute
+) -> Callable[[nnx.State, nnx.State, AnyBatch, Any], tuple[jax.Array, _Told]]:
+    """Returns `loss_sum(trainable, frozen, batch, keys)`: what is differentiated, and what it says besides."""
 
     def loss_sum(trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, keys: Any) -> tuple[jax.Array, _Told]:
         losses, router = _losses(nnx.merge(graph, trainable, frozen), batch, compute, keys)
@@ -138,6 +134,19 @@ def make_train_step(
             penalty = compute.load_balance * load_balance(router) + compute.router_z * z_loss(router)
             total += jnp.sum(batch.loss_weights) * penalty
         return total, _Told(losses.total, _by_source(losses, batch, compute.sources), router)
+
+    return loss_sum
+
+
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, compute: Compute
+) -> Callable[[TrainState, nnx.State, AnyBatch], tuple[TrainState, StepMetrics]]:
+    """Returns `train_step(state, frozen, batch)`, a pure function ready for `jax.jit`.
+
+    An update whose loss or gradient is not finite, or a spike, leaves parameters and optimizer as they were and is
+    counted.
+    """
+    loss_sum = make_loss(graph, compute)
 
     def train_step(state: TrainState, frozen: nnx.State, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
         keys = _row_keys(compute.dropout_seed, state.step, batch.tokens.shape[0])
@@ -329,16 +338,23 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: nnx.Stat
 
 
 def compile_train_step(
-    train_step: Callable, state: TrainState, frozen: nnx.State, batch: AnyBatch, *, platform: str
+    train_step: Callable,
+    state: TrainState,
+    frozen: nnx.State,
+    batch: AnyBatch,
+    *,
+    platform: str,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Compiles the update for arguments that carry shardings (arrays, or ShapeDtypeStructs for absent hardware).
 
     The state's buffers are donated: the new state takes the old one's place in memory. The metrics are whole on every
-    device, so that any host can read them.
+    device, so that any host can read them. `options` are told to the compiler in place of ours or beside them.
     """
+    told = {**COMPILER_OPTIONS.get(platform, {}), **(options or {})}
     out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), _everywhere(batch))
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-    return jitted.lower(state, frozen, batch).compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
+    return jitted.lower(state, frozen, batch).compile(compiler_options=told)
 
 
 def compile_eval_step(

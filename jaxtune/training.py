@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxtune import adapters, agreement, assembly, blueprint, card, hosts
+from jaxtune import adapters, agreement, assembly, blueprint, card, choosing, hosts, hub
 from jaxtune.checkpoint import Checkpoints, Patience
 from jaxtune.config import Config
+from jaxtune.convert.folder import read_config
 from jaxtune.convert.writing import check_space
 from jaxtune.exporting import export
 from jaxtune.faults import Watchdog
@@ -51,10 +52,20 @@ def run(config: Config) -> Result:
     agreement.check_command(config)
     folder = open_run_folder(config.output, say=terminal.say)
     try:
+        config = _settled(config, terminal)
         with jax.set_mesh(make_mesh(config.mesh.model_dump())):
             return _run(config, folder, terminal)
     finally:
         folder.release()
+
+
+def _settled(config: Config, terminal: Terminal) -> Config:
+    """Returns the configuration with mesh, remat and rows at once chosen where they were left to us."""
+    with hosts.together():
+        path = hub.resolve_config(config.model.path, config.model.revision)
+        choice = choosing.choose(config, read_config(path), jax.devices(), where=path, say=terminal.say)
+    said = hosts.from_first(choice._asdict() if choice is not None else None)
+    return choosing.Choice(**said).of(config) if said is not None else config
 
 
 def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:

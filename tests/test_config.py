@@ -103,11 +103,30 @@ def test_list_items_are_not_left_out():
     assert "0 to 1 (the next new one)" in problems("data.train.5.path=x")[0]
 
 
-def test_two_configuration_files_are_refused(tmp_path):
-    for name in ("a.yaml", "b.yaml"):
-        (tmp_path / name).write_text("seed: 1\n")
-    with pytest.raises(ConfigError, match=r"found two configuration files, .*a\.yaml and .*b\.yaml"):
-        decode([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+def test_of_several_files_the_last_that_says_something_counts(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\ntrain: {steps: 5, batch_rows: 4}\nmodel: {path: m}\noutput: o\n")
+    (tmp_path / "b.yaml").write_text("train: {batch_rows: 16}\ndata: {train: [{path: d}]}\n")
+    config = decode([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "seed=3"])
+    assert (config.seed, config.train.steps, config.train.batch_rows) == (3, 5, 16)
+
+
+def test_a_tree_of_what_is_missing_stands_behind_files_and_words():
+    missing = {"output": "there", "data": {"train": [{"path": "none"}]}}
+    assert decode(["model.path=m"], missing).data.train[0].path == "none"
+    assert decode(["model.path=m", "data.train.0.path=d", "output=o"], missing).data.train[0].path == "d"
+
+
+def test_the_mesh_can_be_left_to_choose():
+    config = decode(["model.path=m", "data.train.0.path=d", "output=o", "mesh=auto"])
+    assert config.mesh.auto
+    assert from_tree(config.model_dump()) == config
+    assert "mesh: found auto beside sizes" in problems("mesh.auto=true", "mesh.tensor=2")[0]
+
+
+def test_rows_at_once_are_the_whole_batch_until_they_are_chosen():
+    words = ["model.path=m", "data.train.0.path=d", "output=o", "train.batch_rows=12"]
+    rows = [decode([*words, f"train.microbatch_rows={value}"]).rows_at_once for value in ("auto", "null", "4")]
+    assert rows == [12, 12, 4]
 
 
 def test_a_missing_file_names_the_nearest(tmp_path):

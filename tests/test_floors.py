@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training", "answering", "conversions", "checking", "examining"),
     ("parity", "describing"),
     ("fitting",),
-    ("loop", "opening"),
+    ("loop", "opening", "choosing", "forecast"),
     ("assembly", "blueprint", "card", "exporting", "inputs", "watching", "agreement", "feeding"),
     ("convert",),
     ("step", "router_loss", "adapters", "decoding"),

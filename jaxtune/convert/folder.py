@@ -129,6 +129,14 @@ def open_folder(path: str | os.PathLike[str], *, needs_weights: bool = True) -> 
     return HFFolder(path, config, tensors, headers)
 
 
+def read_config(path: str) -> dict[str, Any]:
+    """Returns a folder's config.json; nothing else need be there. Raises ValueError as `open_folder` does."""
+    fs, root = fsspec.core.url_to_fs(path)
+    if not fs.isdir(root):
+        raise ValueError(f"{path}: found no such folder; expected a folder with a Hugging Face model's config.json")
+    return _read_config(fs, {os.path.basename(entry.rstrip("/")): entry for entry in fs.ls(root, detail=False)}, path)
+
+
 def _read_config(fs: Any, names: dict[str, str], path: str) -> dict[str, Any]:
     if "config.json" not in names:
         if "adapter_config.json" in names:
