@@ -1,10 +1,11 @@
-"""What Google Cloud calls a slice that people name v5p-16: `python3 cloud/tpu_names.py v5p-16` prints shell assignments.
+"""What Google Cloud calls a slice named v5p-16: `python3 cloud/tpu_names.py v5p-16` prints it for a shell to read.
 
 How many chips and machines a name stands for is `jaxtune.cost_model.topologies`; here are the names besides, from the
 pages "TPU software versions" and "TPUs in GKE" at cloud.google.com.
 """
 
 import pathlib
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a script: runs from a clone, nothing installed
 
-from jaxtune.cost_model.topologies import GENERATIONS, Topology, parse_topology
+from jaxtune.cost_model.topologies import ALIASES, GENERATIONS, Topology, parse_topology
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,19 @@ def slice_of(name: str, slices: int = 1) -> Slice:
     Raises:
         ValueError: no such TPU, or none that can be rented; says what there is.
     """
+    word = re.split("[-:]", name.lower(), maxsplit=1)[0]
+    if ALIASES.get(word, word) not in KINDS:
+        raise ValueError(f"--tpu: found {name!r}; expected one of {', '.join(f'{kind}-N' for kind in KINDS)}")
     try:
         topology = parse_topology(name, slices)
     except ValueError as error:
         raise ValueError(str(error).replace("--topology", "--tpu", 1)) from error
-    if topology.kind not in KINDS:
-        raise ValueError(f"--tpu: found {name!r}; expected one of {', '.join(f'{kind}-N' for kind in KINDS)}")
     return Slice(topology, KINDS[topology.kind])
 
 
 def main(words: Sequence[str]) -> int:
     """Prints the assignments; returns 2 for a name that stands for nothing."""
-    if len(words) not in (1, 2) or not words[-1].isdigit() and len(words) == 2:
+    if len(words) not in (1, 2) or (len(words) == 2 and not words[1].isdigit()):
         print("usage: tpu_names.py NAME [SLICES]", file=sys.stderr)
         return 2
     try:

@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-alive() { [ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null; }
+# The files of a training: `supervisor` and `pid`, its two processes while it runs; `code`, how it ended; `log`.
+alive() { [ -s supervisor ] && kill -0 "$(cat supervisor)" 2>/dev/null; }
 
 setup() {
   local package=${1:-}
@@ -28,12 +29,13 @@ setup() {
 
 start() {
   if alive; then
-    echo "running already, as process $(cat pid)" >&2
+    echo "running already, as process $(cat supervisor)" >&2
     exit 3
   fi
   rm -f code pid
   echo "--- $(date -u +%FT%TZ) python -m jaxtune.train $*" >>log
   nohup setsid bash "$PWD/worker.sh" supervise "$@" >>log 2>&1 </dev/null &
+  echo $! >supervisor
   for _ in $(seq 50); do
     if [ -s pid ] || [ -s code ]; then return; fi
     sleep 0.1
@@ -56,14 +58,16 @@ supervise() {
   bash -c 'echo $$ >pid && exec "$@"' - venv/bin/python -m jaxtune.train "$@" || code=$?
   echo "$code" >code.new
   mv code.new code
+  rm supervisor
 }
 
 report() {
   local state=none code=- lines=0
-  if [ -s code ]; then # before the log: no line may come after the state has been read
-    state=ended code=$(cat code)
-  elif alive; then
+  # Before the log, so that no line comes after the state was read; in this order, for a run may end meanwhile.
+  if alive; then
     state=running
+  elif [ -s code ]; then
+    state=ended code=$(cat code)
   fi
   if [ -f log ]; then
     lines=$(wc -l <log)
@@ -74,7 +78,7 @@ report() {
 
 stop() {
   alive || return 0
-  kill -TERM "$(cat pid)" || return 0
+  kill -TERM "$(cat pid)" 2>/dev/null || true
   for _ in $(seq 300); do
     alive || return 0
     sleep 1

@@ -5,17 +5,22 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLOUD = ROOT / "cloud"
 PROGRAMS = ("gcloud", "kubectl", "xpk", "sky", "sbatch", "squeue", "scancel", "srun", "scontrol", "docker")
 NOT_FOUND = "echo 'ERROR: (gcloud) NOT_FOUND: Resource was not found' >&2; exit 1"
 
+# For `Stubs.wait_until_asleep`: a shell that is interrupted while a command of its own ends would go on.
+ASLEEP = 'touch "$STUBS/asleep"; exec sleep 30'
+
 # Records the words of the call, then plays the next answer of the first rule whose text is in them.
 STUB = """#!/usr/bin/env bash
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$STUBS/calls"
 line="${0##*/} $*"
 for rule in "$STUBS"/rules/*/; do
+  [ -e "$rule/text" ] || continue
   if [[ $line == *"$(<"$rule/text")"* ]]; then
     next=$(cat "$rule/next" 2>/dev/null || echo 0)
     [ -e "$rule/$((next + 1)).sh" ] && echo $((next + 1)) >"$rule/next"
@@ -23,6 +28,7 @@ for rule in "$STUBS"/rules/*/; do
     exit
   fi
 done
+exit 0
 """
 
 
@@ -80,6 +86,12 @@ class Stubs:
             text=True,
             start_new_session=True,
         )
+
+    def wait_until_asleep(self, process: subprocess.Popen[str]) -> None:
+        """Returns when a call plays `ASLEEP`."""
+        while not (self.folder / "asleep").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
 
     def run(self, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs a script of cloud/ to its end."""

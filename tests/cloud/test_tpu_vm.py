@@ -4,10 +4,9 @@ import os
 import re
 import signal
 import subprocess
-import time
 
 import pytest
-from cloud_stubs import NOT_FOUND, Stubs, dry_lines
+from cloud_stubs import ASLEEP, NOT_FOUND, Stubs, dry_lines
 
 SCRIPT = "tpu-vm/tpu-vm.sh"
 WHERE = ("--name", "mine", "--tpu", "v5e-16", "--zone", "some-zone", "--project", "some-project")
@@ -261,12 +260,10 @@ def test_a_set_up_that_fails_on_a_tpu_that_is_there_ends_with_the_bill_named(stu
 @pytest.mark.parametrize("deletes", [False, True])
 def test_ctrl_c_tells_what_is_billed_or_deletes_it(stubs, deletes):
     cloud(stubs)
-    stubs.folder.joinpath("rules/003/0.sh").write_text("sleep 30\n")
+    stubs.folder.joinpath("rules/003/0.sh").write_text(ASLEEP)
     words = ("up", *WHERE, *QUICK, *(["--delete-when-done"] if deletes else []), *RUN)
     process = stubs.start(SCRIPT, *words)
-    while "report" not in verbs(stubs):
-        time.sleep(0.02)
-        assert process.poll() is None, process.communicate()[1]
+    stubs.wait_until_asleep(process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=20)
     assert process.returncode == 130

@@ -98,5 +98,5 @@ def test_the_variables_of_env_reach_the_training(machine):
 
 
 def test_a_machine_that_was_started_anew_has_lost_its_training(machine):
-    (machine.job / "pid").write_text("999999999\n")
+    (machine.job / "supervisor").write_text("999999999\n")
     assert machine.report() == ["jaxtune-job: none - 0"]
