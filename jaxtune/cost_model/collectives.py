@@ -130,12 +130,12 @@ def _read(
             groups = [list(range(math.prod(mesh.values())))]
         devices = len(groups[0]) if groups else 1
     given = instruction.type
-    if kind == "ragged-all-to-all":  # the type is the room for what could come
-        sent = module.named.get((*instruction.inputs, "")[0])
-        given = sent.type if sent else given
-    elif instruction.opcode.endswith("-start") and kind != "all-reduce":
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
         given = elements(given)[1]  # (what goes in, what comes out, ...)
     size = sum(shape.size for shape in shapes(given))
+    if kind == "ragged-all-to-all":  # one of the two is the room for all that could come
+        sent = module.named.get((*instruction.inputs, "")[0])
+        size = min(size, sum(shape.size for shape in shapes(sent.type))) if sent else size
     if kind == "reduce-scatter" and not whole:
         size *= devices
     return Collective(kind, axes_of(groups, mesh), size, devices)

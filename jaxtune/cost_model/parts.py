@@ -30,6 +30,10 @@ PARTS: Mapping[str, str] = {
 
 
 def part_of(module: Module, instruction: Instruction) -> str:
-    """Returns the part of the step that an op belongs to; "other" is what no function tells."""
-    functions = module.functions.get(instruction.frame or 0, ())
+    """Returns the part of the step that an op belongs to; "other" is what no function tells.
+
+    A fusion that says nothing itself belongs where the first of its ops does that says something.
+    """
+    frames = (one.frame for one in (instruction, *module.inside(instruction)))
+    functions = module.functions.get(next(filter(None, frames), 0), ())
     return next((PARTS[name] for name in functions if name in PARTS), OTHER)

@@ -4,7 +4,6 @@ import pytest
 
 from jaxtune.cost_model.chips import CHIPS
 from jaxtune.cost_model.estimate import estimate
-from jaxtune.cost_model.groups import replica_groups
 from jaxtune.cost_model.hlo import parse, shapes
 
 CHIP = CHIPS["TPU v5"]
@@ -95,49 +94,6 @@ def test_loops_branches_and_parts():
     assert found.cycles == 1000 + inner + 33 + 113
     assert found.collectives[("all-gather", ("fsdp",))][:2] == (1, 3 / 4 * 32 * 4)
     assert found.collectives[("all-reduce", ("fsdp",))][:2] == (1, 2 * 7 / 8 * 32)
-
-
-KERNEL = """\
-HloModule jit_step
-
-ENTRY %main (p: f32[8]) -> f32[8] {
-  %splash_mqa_fwd.3 = (bf16[2,4,256,128]{3,2,1,0:T(8,128)(2,1)}, f32[2,4,256]{2,1,0}) custom-call(%a, %b,
-      /*index=2*/%c), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,2]{2,1,0},
-      bf16[2,4,256,128]{3,2,1,0}, bf16[2,512,128]{2,1,0}, bf16[2,512,128]{2,1,0}}, frontend_attributes={metadata={
-  "a string": "with ( and \\" in it
-over lines"}}
-  %gmm.1 = bf16[1024,1024]{1,0} custom-call(
-      %a), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[1024,1024]{1,0}}, backend_config={}
-  ROOT %other = f32[8]{0} custom-call(%p), custom_call_target="Sharding"
-}
-"""
-
-
-def test_kernels_are_charged_by_flops_or_bytes():
-    found = estimate(parse(KERNEL), CHIP, mesh={})
-    flops = 0.75 * 2 * 2 * (2 * 4) * 256 * 512 * 128  # the last half of a row's queries sees 3/4 of its pairs
-    size = 2 * (2 * 4 * 256 * 128) * 2 + 4 * 2 * 4 * 256 + 2 * 2 * (2 * 512 * 128) + 8
-    assert found.kernels["splash_mqa_fwd"].number == 1
-    attention = max(flops / CHIP.peak, size / CHIP.bandwidth) * CHIP.clock
-    assert found.kernels["splash_mqa_fwd"].cycles == pytest.approx(attention)
-    moved = 2 * 2 * 1024 * 1024 / CHIP.bandwidth * CHIP.clock
-    assert found.kernels["gmm"].cycles == pytest.approx(moved)
-    assert found.cycles == pytest.approx(attention + moved)
-
-
-@pytest.mark.parametrize(
-    ("text", "groups"),
-    [
-        ("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", [[0, 1], [2, 3]]),
-        ("replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
-        ("replica_groups=[4,2]<=[2,4]T(1,0), x=1", [[0, 4], [1, 5], [2, 6], [3, 7]]),
-        ("replica_groups=mesh['a'=2,'b'=3] {'b'}, dimensions={1}", [[0, 1, 2], [3, 4, 5]]),
-        ("replica_groups=mesh['a'=2,'b'=3] {'a'}", [[0, 3], [1, 4], [2, 5]]),
-        ("replica_groups={}", []),
-    ],
-)
-def test_groups_of_devices(text, groups):
-    assert replica_groups(text) == groups
 
 
 def test_shapes_and_what_is_no_module():
