@@ -5,7 +5,6 @@ import pytest
 from jaxtune.cost_model.flops import product_flops
 from jaxtune.cost_model.hlo import parse
 
-
 PRODUCT = 64 * 32 * 16
 
 

@@ -17,7 +17,7 @@ HloModule jit_step
 ENTRY %main (p: f32[8]) -> f32[8] {{
   %splash_mqa_fwd.3 = (bf16[2,4,512,128]{{3,2,1,0:T(8,128)(2,1)}}, f32[2,4,512]{{2,1,0}}) custom-call(%a, %b,
       /*index=2*/%c), {CALL}{{s8[1,4,2]{{2,1,0}},
-      bf16[2,4,512,128]{{3,2,1,0}}, bf16[2,512,128]{{2,1,0}}, bf16[2,512,128]{{2,1,0}}}}, frontend_attributes={{metadata={{
+      bf16[2,4,512,128]{{3,2,1,0}}, bf16[2,512,128]{{2,1,0}}, bf16[2,512,128]{{2,1,0}}}}, frontend_attributes={{told={{
   "a string": "with ( and \\" in it
 over lines"}}}}
   %other.1 = bf16[1024,1024]{{1,0}} custom-call(
