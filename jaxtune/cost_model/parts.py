@@ -24,7 +24,7 @@ PARTS: Mapping[str, str] = {
     "RMSNorm.__call__": "norms",
     "LayerNorm.__call__": "norms",
     "Norm.__call__": "norms",
-    "make_train_step.<locals>.loss_sum": OTHER,
+    "make_loss.<locals>.loss_sum": OTHER,
     "make_train_step.<locals>.train_step": "optimizer",
 }
 
