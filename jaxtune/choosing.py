@@ -96,6 +96,9 @@ def choose(
     if platform == "cpu" and left == {"remat"}:
         return Choice({}, config.rows_at_once, "none")
     model, config = plan_model(config, hf_config, platform, where)
+    if config.mesh.auto:
+        slices = len({getattr(device, "slice_index", None) for device in devices})
+        config = config.model_copy(update={"mesh": config.mesh.model_copy(update={"slice": slices})})
     known = recall(cache_key(config, hf_config, devices[0].device_kind, len(devices)))
     if known is not None:
         say(f"chosen by a search before: {known.describe()}")
@@ -213,8 +216,13 @@ def rank(forecaster: Forecaster, *, devices: int, left: frozenset[str], memory: 
             f"train.batch_rows: found {config.train.batch_rows}, which no mesh of {devices} devices divides; expected "
             f"a multiple of them, e.g. train.batch_rows={devices}"
         )
-    limit = memory * (1 - SLACK)
+    limit = usable(memory)
     return sorted(found, key=lambda one: _merit(one, limit))
+
+
+def usable(memory: float) -> float:
+    """Returns the bytes of a device that a forecast may count on."""
+    return memory * (1 - SLACK)
 
 
 def different(ranked: Sequence[Ranked], number: int) -> list[Ranked]:

@@ -52,7 +52,7 @@ class Traced(NamedTuple):
 def trace(config: Config, model: assembly.ModelPlan, platform: str, remat: str) -> Traced:
     """Traces the loss and its gradient on one row, with one kind of rematerialization; nothing is compiled."""
     kept = _kept(config, model, platform, remat)
-    layers = _layers(model)
+    layers = layers_of(model)
     everything = kept if remat == "none" else _kept(config, model, platform, "none")
     loss = _loss(config, model, platform, remat)
     traced = jax.make_jaxpr(jax.grad(lambda *trees: loss(*trees, None)[0]))(
@@ -245,7 +245,7 @@ def _links(
         return (sizes[axis] - 1) / sizes[axis]
 
     compute = np.dtype(assembly.resolve_dtypes(config, "tpu")[0]).itemsize
-    layers, width = _layers(model), model.config.width
+    layers, width = layers_of(model), model.config.width
     passes = 3 if recomputed else 2
     stream = layers * tokens * width * compute
     both_ways = 2 * chip.link
@@ -271,7 +271,8 @@ def _head(config: Config, model: assembly.ModelPlan, sizes: Mapping[str, int]) -
     return 2 * 4 * CHUNK * vocab + table * (1 if model.config.tie_embeddings else 2)
 
 
-def _layers(model: assembly.ModelPlan) -> int:
+def layers_of(model: assembly.ModelPlan) -> int:
+    """Returns how many layers a model has; both stacks of an encoder-decoder."""
     if model.config.is_encoder_decoder:
         return int(model.config.encoder_layers + model.config.decoder_layers)
     return sum(len(group.pattern) * group.count for group in model.config.groups)

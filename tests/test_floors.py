@@ -44,13 +44,23 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "faults",
         "manifest",
         "rollbacks",
+        "planned",
     ),
     ("run_lock", "cost_model"),
     ("decode",),
     ("config", "config_data", "batch", "hub", "compat", "asking", "__init__"),
 )
 # A command checks what it was given before anything heavy is imported; nobody else imports inside a function.
-IMPORTS_INSIDE_FUNCTIONS = ("train", "doctor", "audit", "generate", "chat", "evaluate.__main__", "convert.__main__")
+IMPORTS_INSIDE_FUNCTIONS = (
+    "train",
+    "plan.__main__",
+    "doctor",
+    "audit",
+    "generate",
+    "chat",
+    "evaluate.__main__",
+    "convert.__main__",
+)
 MAY_JIT = ("step", "decoding", "sharding", "placement")
 OPTIONAL = ("wandb", "apache_beam", "lm_eval", "tokamax", "libtpu", "qwix", "matplotlib", "torch")
 NOT_IN_MODELS = ("transformers", "tokenizers", "sentencepiece", "datasets", "grain", "jinja2", "pydantic")
