@@ -6,19 +6,14 @@ configuration is checked first, as training would. What the flags mean: `--help`
 
 import argparse
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a script: runs from a clone
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # a script: runs from a clone
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
+from manifests import check_name, read_run, to_yaml
 from tpu_names import Slice, slice_of
-
-from jaxtune.decode import ConfigError, decode
 
 CONFIG_FOLDER = "/etc/jaxtune"
 # Exit codes that come again however often one starts: error, usage, Ctrl-C. Others are restarted: 143 preempted and
@@ -131,17 +126,12 @@ def manifest(words: Sequence[str]) -> list[dict[str, Any]]:
     tpu = slice_of(flags.tpu, flags.slices)
     if flags.slices > 1 and tpu.hosts == 1:
         raise ValueError(f"--slices {flags.slices}: GKE joins slices of several machines only, {flags.tpu} is one")
-    files = [word for word in flags.words if "=" not in word]
-    if len(files) > 1:
-        raise ValueError(f"expected one configuration file, found {', '.join(files)}")
-    config = decode(flags.words)
-    if not str(config.output).startswith(("gs://", "s3://")):
-        raise ValueError(f"output: found {str(config.output)!r}; expected a bucket, output=gs://BUCKET/runs/NAME")
-    inside = [f"{CONFIG_FOLDER}/config.yaml" if word in files else word for word in flags.words]
+    config, file = read_run(flags.words)
+    inside = [f"{CONFIG_FOLDER}/config.yaml" if word == file else word for word in flags.words]
     final_codes = [code for code in FINAL_CODES if code != config.train.preempted_exit_code]
-    documents = [jobset(flags, tpu=tpu, words=inside, has_config=bool(files), final_codes=final_codes)]
-    if files:
-        text = pathlib.Path(files[0]).read_text(encoding="utf-8")
+    documents = [jobset(flags, tpu=tpu, words=inside, has_config=file is not None, final_codes=final_codes)]
+    if file is not None:
+        text = pathlib.Path(file).read_text(encoding="utf-8")
         metadata = {"name": flags.name, "namespace": flags.namespace}
         documents.insert(
             0, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"config.yaml": text}}
@@ -164,34 +154,21 @@ def read_flags(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--grace", type=int, default=120, help="seconds from SIGTERM to SIGKILL (120)")
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml|key=value")
     flags = parser.parse_intermixed_args(words)
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", flags.name):
-        raise ValueError(f"--name: found {flags.name!r}; expected at most 40 of a-z, 0-9 and -, a letter first")
+    check_name(flags.name)
     for name, least in (("slices", 1), ("restarts", 0), ("grace", 1)):
         if getattr(flags, name) < least:
             raise ValueError(f"--{name}: found {getattr(flags, name)}; expected at least {least}")
     return flags
 
 
-class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as blocks, so that the configuration can be read in the manifest."""
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
-_Dumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
-
-
 def main(words: Sequence[str]) -> int:
     """Prints the manifest; returns 2 where the flags or the configuration are wrong."""
     try:
         documents = manifest(words)
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100), end="")
+    print(to_yaml(documents), end="")
     return 0
 
 

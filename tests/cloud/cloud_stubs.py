@@ -1,5 +1,8 @@
 """Stand-ins for gcloud, kubectl, sbatch and the like: they record how they were called and answer as a test says."""
 
+import contextlib
+import importlib.util
+import io
 import os
 import pathlib
 import shlex
@@ -102,6 +105,18 @@ class Stubs:
             os.killpg(process.pid, 9)
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def render(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """What a renderer of cloud/ prints, without a process of its own."""
+    if str(CLOUD) not in sys.path:
+        sys.path.insert(0, str(CLOUD))
+    spec = importlib.util.spec_from_file_location(script.replace("/", "_").removesuffix(".py"), CLOUD / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = module.main(words)
+    return subprocess.CompletedProcess([script, *words], code, out.getvalue(), err.getvalue())
 
 
 def dry_lines(done: subprocess.CompletedProcess[str]) -> list[str]:

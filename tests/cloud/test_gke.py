@@ -7,12 +7,11 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 
 import jsonschema
 import pytest
 import yaml
-from cloud_stubs import ASLEEP, CLOUD, Stubs, dry_lines
+from cloud_stubs import ASLEEP, Stubs, dry_lines, render
 from jobset_schema import JOBSET
 
 SCRIPT = "gke/gke.sh"
@@ -39,12 +38,8 @@ def config(tmp_path: pathlib.Path) -> str:
     return str(file)
 
 
-def render(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(CLOUD / "gke/render.py"), *words], capture_output=True, text=True)
-
-
 def jobset_of(*words: str) -> dict:
-    done = render(*words)
+    done = render("gke/render.py", *words)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))[-1]
 
@@ -128,7 +123,9 @@ def test_another_exit_code_of_a_preempted_run_is_heard(config):
 
 
 def test_the_configuration_travels_as_it_is_written(config):
-    documents = list(yaml.safe_load_all(render(*JOB, config, "seed=3", "data.template=$(HOME)").stdout))
+    documents = list(
+        yaml.safe_load_all(render("gke/render.py", *JOB, config, "seed=3", "data.template=$(HOME)").stdout)
+    )
     assert documents[0]["data"] == {"config.yaml": CONFIG}
     container = documents[1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     assert container["command"] == ["python", "-m", "jaxtune.train"]
@@ -136,7 +133,7 @@ def test_the_configuration_travels_as_it_is_written(config):
 
 
 def test_without_a_file_there_is_no_config_map():
-    (document,) = yaml.safe_load_all(render(*JOB, *RUN).stdout)
+    (document,) = yaml.safe_load_all(render("gke/render.py", *JOB, *RUN).stdout)
     assert document["kind"] == "JobSet"
     assert problems_of(document) == []
 
@@ -180,7 +177,7 @@ def test_the_check_of_manifests_sees_what_is_wrong(config, spoil):
     ],
 )
 def test_a_mistake_is_told_before_anything_is_applied(words, told):
-    done = render(*words)
+    done = render("gke/render.py", *words)
     assert done.returncode == 2
     assert done.stdout == ""
     assert told in done.stderr
