@@ -34,6 +34,13 @@ run() {
   if [ "$DRY_RUN" = yes ]; then quoted "$@" >&3; else "$@"; fi
 }
 
+# run_heard COMMAND...: runs it, shows what it says, and keeps that in HEARD.
+# shellcheck disable=SC2034  # it is read where this file is sourced
+run_heard() {
+  HEARD=
+  if [ "$DRY_RUN" = yes ]; then run "$@"; else HEARD=$("$@" 2>&1 | tee /dev/stderr); fi
+}
+
 # ask ANSWER COMMAND...: what the command prints; under --dry-run ANSWER, that of a run in which all goes well.
 ask() {
   local answer=$1

@@ -206,13 +206,16 @@ command_pool() {
   if [ "$SPOT" = yes ]; then flags+=(--spot); fi
   say "$TPU_DESCRIPTION"
   for pool in $(pools); do
-    made+=("$pool")
-    if ! run gcloud container node-pools create "$pool" --cluster="$CLUSTER" --location="$LOCATION" \
+    if run_heard gcloud container node-pools create "$pool" --cluster="$CLUSTER" --location="$LOCATION" \
       --project="$PROJECT" --quiet "${flags[@]}"; then
-      say "$pool could not be made (the lines above say why); deleting what was"
-      delete_pools "${made[@]}"
-      fail "no node pools were made"
+      made+=("$pool")
+      continue
     fi
+    # It may be half there all the same; one that was there before is not ours to delete.
+    [[ $HEARD == *"lready exist"* ]] || made+=("$pool")
+    say "$pool could not be made (the lines above say why); deleting what was"
+    delete_pools ${made[@]+"${made[@]}"}
+    fail "no node pools were made"
   done
   [ "$DRY_RUN" = yes ] || say "BILLED from now on: ${made[*]}. gke.sh pool-delete with the same words ends it."
 }
@@ -227,7 +230,7 @@ delete_pools() {
   for pool in "$@"; do
     retry delete_pool "$pool" || left+=("$pool")
   done
-  [ ${#left[@]} -eq 0 ] && return
+  [ ${#left[@]} -gt 0 ] || return 0
   say "STILL BILLED: node pools ${left[*]}. To delete them:"
   for pool in "${left[@]}"; do say "  $(quoted gcloud container node-pools delete "$pool" "${POOL_WHERE[@]}")"; done
   exit 1
@@ -256,10 +259,11 @@ command_xpk() {
   words+=(${WORDS[@]+"${WORDS[@]}"})
   if [ "$SPOT" = yes ]; then spot=(--spot); fi
   # `exec`: XPK sends SIGTERM to the shell that runs the command. XPK restarts on 143, not on 1 and 2.
-  run xpk workload create --workload="$NAME" --cluster="$CLUSTER" --zone="$LOCATION" --project="$PROJECT" \
+  run_heard xpk workload create --workload="$NAME" --cluster="$CLUSTER" --zone="$LOCATION" --project="$PROJECT" \
     --tpu-type="$(xpk_name)" --num-slices="$SLICES" --docker-image="$IMAGE" --max-restarts="$RESTARTS" \
     --termination-grace-period-seconds="$GRACE" ${spot[@]+"${spot[@]}"} \
     --command="exec $(quoted python -m jaxtune.train "${words[@]}")" && return
+  [[ $HEARD != *"lready exist"* ]] || fail "$NAME is there already: xpk-delete it, or take another --name"
   say "the workload was not made; deleting what may have come of it"
   command_xpk_delete
   exit 1

@@ -74,7 +74,12 @@ command_render() {
 }
 
 command_submit() {
+  local queue
   write_task
+  queue=$(ask '' sky jobs queue --skip-finished --verbose) || fail "sky does not answer: sky check"
+  if printf '%s\n' "$queue" | awk -v name="$NAME" '{ for (i = 1; i <= NF; i++) if ($i == name) found = 1 } END { exit !found }'; then
+    fail "a job called $NAME is there already: delete it, or take another --name"
+  fi
   SUBMITTED=yes
   trap 'exit 129' HUP
   trap 'exit 130' INT

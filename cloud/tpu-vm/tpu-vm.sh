@@ -408,11 +408,7 @@ follow_to_the_end() {
       saved | killed*)
         count_restart "the training ended: $OUTCOME"
         every_machine stop || true # others may still wait for the one that was killed
-        if ! start_training; then
-          was_taken_away || fail "the training could not be started again"
-          recreate
-          set_up_and_start
-        fi
+        start_again
         ;;
       lost)
         count_restart "the TPU was taken away"
@@ -423,6 +419,21 @@ follow_to_the_end() {
     esac
   done
   end_as_told
+}
+
+# A machine that is being preempted has its run save and end before the state of the TPU tells of it.
+start_again() {
+  local attempt
+  for ((attempt = 1; attempt <= 10; attempt++)); do
+    ! start_training || return 0
+    if was_taken_away; then
+      recreate
+      set_up_and_start
+      return
+    fi
+    sleep "$POLL"
+  done
+  fail "the training could not be started again"
 }
 
 count_restart() {

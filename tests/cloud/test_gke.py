@@ -290,6 +290,21 @@ def test_half_of_the_pools_is_deleted(stubs):
     assert "no node pools were made" in done.stderr
 
 
+def test_a_pool_that_was_there_before_is_not_deleted(stubs):
+    stubs.answer("create mine-1", "echo 'Already exists: nodePools/mine-1' >&2; exit 1")
+    done = stubs.run(SCRIPT, "pool", *JOB, *PLACE, "--slices", "2")
+    assert done.returncode == 1
+    assert "Already exists" in done.stderr
+    assert [call[3:5] for call in stubs.calls()][2:] == [["delete", "mine-0"]]
+
+
+def test_a_workload_that_was_there_before_is_not_deleted(stubs):
+    stubs.answer("workload create", "echo 'mine already exists, XPK will not create this workload.'; exit 1")
+    done = stubs.run(SCRIPT, "xpk", *JOB, *PLACE, *RUN)
+    assert done.returncode == 1
+    assert len(stubs.calls()) == 1
+
+
 def test_a_pool_that_is_not_there_is_deleted_already_and_one_that_stays_is_named(stubs):
     stubs.answer("delete mine-0", "echo 'Not found: nodePools/mine-0' >&2; exit 1")
     stubs.answer("delete mine-1", "echo 'operation in progress' >&2; exit 1")

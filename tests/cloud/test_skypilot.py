@@ -84,7 +84,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(stubs, words, told):
 def test_up_launches_and_follows(stubs):
     done = stubs.run(SCRIPT, "up", *TPU, "--env", "TOKEN", *RUN, TOKEN="secret")
     assert done.returncode == 0, done.stderr
-    launch, logs = stubs.calls()
+    queue, launch, logs = stubs.calls()
+    assert queue == ["sky", "jobs", "queue", "--skip-finished", "--verbose"]
     assert launch[:7] == ["sky", "jobs", "launch", "--name", "mine", "--yes", "--detach-run"]
     assert launch[7:9] == ["--env", "TOKEN"]
     assert yaml.safe_load(pathlib.Path(launch[-1]).read_text())["name"] == "mine"
@@ -99,6 +100,14 @@ def test_a_dry_run_prints_what_a_run_calls(stubs, command):
     assert stubs.calls() == []
     assert stubs.run(SCRIPT, *words).returncode == 0
     assert stubs.lines() == printed
+
+
+def test_a_job_of_the_same_name_is_not_touched(stubs):
+    stubs.answer("jobs queue", "echo 'ID NAME STATUS'; echo '3 mine RUNNING'")
+    done = stubs.run(SCRIPT, "up", *TPU, *RUN)
+    assert done.returncode == 1
+    assert "is there already" in done.stderr
+    assert len(stubs.calls()) == 1
 
 
 def test_a_launch_that_failed_is_cancelled(stubs):

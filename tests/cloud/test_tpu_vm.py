@@ -257,6 +257,47 @@ def test_a_set_up_that_fails_on_a_tpu_that_is_there_ends_with_the_bill_named(stu
     assert DELETE in done.stderr
 
 
+def test_a_tpu_that_is_taken_away_during_set_up_is_made_again(stubs):
+    cloud(stubs, states=("echo ACTIVE", "echo SUSPENDED", "echo SUSPENDED", "echo ACTIVE"))
+    stubs.answer("worker.sh setup", *["exit 255"] * 5, "")
+    done = stubs.run(SCRIPT, "up", *WHERE, *QUICK, *RUN)
+    assert done.returncode == 0, done.stderr
+    assert verbs(stubs).count("create") == 2
+    assert verbs(stubs).count("start") == 1
+
+
+def test_a_run_that_saved_because_its_machine_goes_waits_for_the_news(stubs):
+    """SIGTERM reaches the run before the state of the TPU tells of the preemption."""
+    cloud(
+        stubs,
+        states=("echo ACTIVE", "echo ACTIVE", "echo ACTIVE", "echo SUSPENDED", "echo SUSPENDED", "echo ACTIVE"),
+        reports=("ended 143", "ended 0"),
+    )
+    stubs.answer("worker.sh start", "", "exit 255", "exit 255", "")
+    done = stubs.run(SCRIPT, "up", *WHERE, *QUICK, *RUN)
+    assert done.returncode == 0, done.stderr
+    assert verbs(stubs).count("create") == 2
+
+
+def test_machines_that_do_not_answer_any_more_count_as_taken_away(stubs):
+    cloud(stubs)
+    for number in range(10):
+        stubs.folder.joinpath(f"rules/003/{number}.sh").write_text("exit 255\n")
+    stubs.folder.joinpath("rules/003/10.sh").write_text("echo jaxtune-job: ended 0 7\n")
+    done = stubs.run(SCRIPT, "up", *WHERE, *QUICK, *RUN)
+    assert done.returncode == 0, done.stderr
+    assert verbs(stubs).count("create") == 2
+
+
+def test_no_answer_to_the_first_question_creates_nothing(stubs):
+    stubs.answer("describe", "echo 'You do not currently have an active account selected.' >&2; exit 1")
+    done = stubs.run(SCRIPT, "up", *WHERE, *QUICK, *RUN)
+    assert done.returncode == 1
+    assert "active account" in done.stderr
+    assert "STILL BILLED" not in done.stderr
+    assert verbs(stubs) == ["describe"]
+
+
 @pytest.mark.parametrize("deletes", [False, True])
 def test_ctrl_c_tells_what_is_billed_or_deletes_it(stubs, deletes):
     cloud(stubs)
