@@ -6,7 +6,7 @@
 # The same words fit all commands: change the first one.
 #
 # submit   queue the job; it queues itself again before the time limit and goes on, until the run has ended
-# status   the job in the queue        logs   follow its log        cancel   end it (it saves first)
+# status   the job in the queue        logs   follow its log        cancel   have it save and end
 #
 #   --name NAME        of the job
 #   --nodes N          machines (1)
@@ -35,7 +35,8 @@ main() {
     *) usage_error "$command: expected submit, status, logs or cancel" ;;
   esac
   read_options "$@"
-  QUEUE=(squeue --me --name="$NAME" --noheader)
+  OURS=(--user="$(id -un)" --name="$NAME")
+  QUEUE=(squeue "${OURS[@]}" --noheader)
   "command_$command"
 }
 
@@ -102,7 +103,7 @@ command_submit() {
   done
   job=${output##*$'\n'}
   job=${job%%;*} # with a cluster's name behind it
-  [ "$DRY_RUN" = yes ] || say "job $job is queued; its log: $LOGS/$NAME-$job.log; to end it: scancel $job"
+  [ "$DRY_RUN" = yes ] || say "job $job is queued; its log: $LOGS/$NAME-$job.log; to end it: slurm.sh cancel --name $NAME"
 }
 
 refuse_if_queued() {
@@ -123,9 +124,17 @@ command_logs() {
   tail -n 100 -F "$LOGS/$NAME"-*.log
 }
 
+# The batch shell first, so that it does not queue the job again; then the tasks, which save in their own time. A plain
+# scancel kills them after the cluster's KillWait, 30 seconds as a rule.
 command_cancel() {
   need scancel
-  retry run scancel --me --name="$NAME" || fail "the job could not be ended: $(quoted scancel --me --name="$NAME")"
+  if ! {
+    retry run scancel "${OURS[@]}" --state=PENDING &&
+      retry run scancel "${OURS[@]}" --state=RUNNING --batch --signal=TERM &&
+      retry run scancel "${OURS[@]}" --state=RUNNING --signal=TERM
+  }; then
+    fail "the job could not be ended; the last resort, without saving: $(quoted scancel "${OURS[@]}")"
+  fi
 }
 
 main "$@"

@@ -20,7 +20,7 @@ def test_a_job_has_a_task_for_each_gpu_and_is_warned_before_its_time_is_up(stubs
     assert {"--open-mode=append", "--time=24:00:00", "--partition=gpu"} <= set(call)
     assert call[-7:-3] == [str(CLOUD / JOB), str(CLOUD), "50", stubs.environment["PYTHON"]]
     assert call[-3:] == list(RUN)
-    assert "scancel 4711" in done.stderr
+    assert "job 4711 is queued" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["submit", "status", "cancel"])
@@ -62,6 +62,23 @@ def test_a_submission_that_timed_out_and_was_queued_all_the_same_is_not_doubled(
     assert done.returncode == 0, done.stderr
     assert "job 77 is queued" in done.stderr
     assert [call[0] for call in stubs.calls()] == ["squeue", "sbatch", "squeue"]
+
+
+def test_cancelling_speaks_to_the_batch_shell_before_the_tasks(stubs):
+    assert stubs.run(SCRIPT, "cancel", "--name", "mine").returncode == 0
+    asked = [call[3:] for call in stubs.calls()]
+    assert asked == [
+        ["--state=PENDING"],
+        ["--state=RUNNING", "--batch", "--signal=TERM"],
+        ["--state=RUNNING", "--signal=TERM"],
+    ]
+
+
+def test_a_job_that_cannot_be_cancelled_is_named(stubs):
+    stubs.answer("scancel", "exit 1")
+    done = stubs.run(SCRIPT, "cancel", "--name", "mine")
+    assert done.returncode == 1
+    assert "--name=mine" in done.stderr
 
 
 # ---- inside the job
