@@ -6,13 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 
 UNKNOWN = ("?",)
+_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")  # an axis, or the part `(2)4` of it: 4 within each of 2
 
 
 def replica_groups(rest: str) -> list[list[int]]:
     """Returns the groups of devices, by their place in the mesh, that a collective runs over; none where none is said.
 
     Three ways of writing them: `{{0,1},{2,3}}`, `[2,2]<=[4]` (a reshaped, maybe transposed count), and
-    `mesh['a'=2,'b'=2] {'b'}` (axes of a mesh of its own), which may say `device_ids=([2,2]T(1,0))` in between.
+    `mesh['a'=2,'b'=4] {'b'}` (axes of a mesh of its own, or `'b':(2)2`, the inner half of one), which may say
+    `device_ids=([4,2]T(1,0))` in between.
     """
     if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest):
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
@@ -20,11 +22,17 @@ def replica_groups(rest: str) -> list[list[int]]:
         return _split(_counted(found[2]), math.prod(_numbers(found[1])[1:]))
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", rest):
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        over = re.findall(r"'([^']+)'", found[3])
-        names, dims = list(axes), list(axes.values())
-        order = [*(i for i, name in enumerate(names) if name not in over), *(names.index(name) for name in over)]
+        parts = {name: (int(before or 1), int(size or 0)) for name, before, size in _PART.findall(found[3])}
+        dims: list[int] = []
+        over: list[int] = []
+        for name, whole in axes.items():
+            before, size = parts.get(name, (whole, 1))
+            size = size or whole
+            over.append(len(dims) + 1)
+            dims += [before, size, whole // before // size]
+        order = [*(i for i in range(len(dims)) if i not in over), *over]
         devices = _counted(found[2]) if found[2] else range(math.prod(dims))
-        return _split([devices[i] for i in _transposed(dims, order)], math.prod(axes[name] for name in over))
+        return _split([devices[i] for i in _transposed(dims, order)], math.prod(dims[i] for i in over))
     return []
 
 

@@ -15,6 +15,7 @@ BYTES: dict[str, float] = dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2
 BYTES |= dict.fromkeys(("s16", "u16", "bf16", "f16"), 2) | dict.fromkeys(("s32", "u32", "f32"), 4)
 BYTES |= dict.fromkeys(("s64", "u64", "f64"), 8) | dict.fromkeys(("s4", "u4"), 0.5)
 CALLS = ("call", "call-start", "async-start")  # ops that run a computation once, here or on another core
+HANDED_ON = ("copy", "bitcast", "copy-start", "copy-done", "opt-barrier", "reshape")  # an array by another name
 _UNKNOWN_CYCLES = 1 << 62  # what the compiler writes for work of another core is the largest number there is
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -94,6 +95,12 @@ class Instruction:
         return shapes(self.type)
 
     @property
+    def index(self) -> int:
+        """Which element of a tuple a get-tuple-element takes."""
+        found = re.search(r"\bindex=(\d+)", self.rest)
+        return int(found[1]) if found else 0
+
+    @property
     def frame(self) -> int | None:
         """Number of the stack frame that it comes from."""
         found = re.search(r"stack_frame_id=(\d+)", self.rest)
@@ -164,13 +171,34 @@ class Module:
         return sum((one.cycles or 0) * times for one, times in self._run(computation, 1))
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop's body runs: the largest constant that its condition compares with, as scans are written."""
+        """How often a loop's body runs, as scans are written: from its counter's first value, 0 unless the compiler has
+        peeled trips off, to the largest constant that its condition compares with."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if known:
             return int(known[1])
         lines = [one for name in loop.called("condition") for one in self.computations.get(name, ())]
-        constants = [int(n) for one in lines for n in _CONSTANT.findall(f"{one.type} {one.opcode}{one.rest}")]
-        return max(constants, default=1)
+        ends = [number for one in lines if (number := _constant(one)) is not None]
+        counters = [
+            one for one in lines if one.opcode == "get-tuple-element" and one.type.startswith(("s32[]", "u32[]"))
+        ]
+        begins = [self._first(loop, counters[0].index)] if len(counters) == 1 else []
+        end, begin = max(ends, default=1), max(begins, default=0)
+        return end - begin if end > begin else end
+
+    def _first(self, loop: Instruction, place: int) -> int:
+        """The value that a loop's carried array has before the first trip; 0 where that is not a constant."""
+        begin = self.named.get((*loop.inputs, "")[0])
+        one = self.named.get(begin.inputs[place]) if begin and place < len(begin.inputs) else None
+        while one is not None and one.opcode in HANDED_ON:
+            one = self.named.get((*one.inputs, "")[0])
+        return (_constant(one) if one else None) or 0
+
+
+def _constant(instruction: Instruction) -> int | None:
+    found = _CONSTANT.fullmatch(
+        f"{instruction.type} {instruction.opcode}{instruction.rest[: _end_of(instruction.rest) + 1]}"
+    )
+    return int(found[1]) if found else None
 
 
 def parse(text: str) -> Module:

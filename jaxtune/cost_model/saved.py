@@ -11,10 +11,7 @@ What is not seen: what one trip keeps for itself, layers that are not in a loop 
 computes again instead, and the padding of layouts.
 """
 
-from jaxtune.cost_model.hlo import Instruction, Module, Shape, elements, shapes
-
-# Ops that hand an array on as it is, by another name.
-_SAME = ("copy", "bitcast", "copy-start", "copy-done", "opt-barrier", "reshape")
+from jaxtune.cost_model.hlo import HANDED_ON, Instruction, Module, Shape, elements, shapes
 
 
 def saved(module: Module) -> list[Shape]:
@@ -47,7 +44,7 @@ def _filled(module: Module, loop: Instruction) -> dict[int, Shape]:
             continue
         for place, (name, text) in enumerate(zip(lines[-1].inputs, elements(lines[-1].type), strict=True)):
             arrays = shapes(text)
-            if len(arrays) != 1 or not arrays[0].dims or arrays[0].dims[0] % trips:
+            if len(arrays) != 1 or not arrays[0].dims or arrays[0].dims[0] < trips:
                 continue
             if _is_update(module, name):
                 found[place] = arrays[0]
@@ -80,8 +77,8 @@ def _origin(module: Module, name: str) -> tuple[Instruction | None, int]:
     index, one = 0, module.named.get(name)
     while one is not None and one.inputs:
         if one.opcode == "get-tuple-element":
-            index = int(one.rest.rpartition("index=")[2].split(",")[0].split("}")[0])
-        elif one.opcode not in _SAME:
+            index = one.index
+        elif one.opcode not in HANDED_ON:
             break
         one = module.named.get(one.inputs[0])
     return one, index

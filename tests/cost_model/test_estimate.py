@@ -96,6 +96,26 @@ def test_loops_branches_and_parts():
     assert found.collectives[("all-reduce", ("fsdp",))][:2] == (1, 2 * 7 / 8 * 32)
 
 
+def test_trips_that_the_compiler_has_peeled_off_are_not_counted_twice():
+    bound = "  %bound = s32[]{:T(128)} constant(5)"
+    counted = LOOPS.replace(bound, f"  %at = s32[] get-tuple-element(%p), index=1\n{bound}")
+    begun = """\
+  %two = s32[]{:T(128)} constant(2)
+  %moved = s32[] copy(%two)
+  %begin = (f32[8]{0}, s32[]) tuple(%p, %moved)
+  ROOT %peeled = (f32[8], s32[]) while(%begin), condition=%inner.cond, body=%inner.body
+}
+"""
+    module = parse(counted.rpartition("  ROOT")[0] + begun)
+    assert module.trips(module.named["peeled"]) == 5 - 2
+    assert module.trips(module.named["again"]) == 5, "from 0 where the first value is not known"
+
+
+def test_a_chip_without_a_clock_is_refused():
+    with pytest.raises(ValueError, match="expected a TPU"):
+        estimate(parse(LOOPS), CHIPS["NVIDIA H200"], mesh={})
+
+
 def test_shapes_and_what_is_no_module():
     first, second = shapes("(bf16[2,3]{1,0:T(8,128)(2,1)}, s32[])")
     assert (first.dtype, first.dims, first.size, second.size) == ("bf16", (2, 3), 12, 4)

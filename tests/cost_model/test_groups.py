@@ -16,6 +16,9 @@ MESH = {"slice": 1, "data": 2, "fsdp": 4, "tensor": 2}  # device = 8 data + 2 fs
         ("replica_groups=mesh['a'=2,'b'=3] {'b'}, dimensions={1}", [[0, 1, 2], [3, 4, 5]]),
         ("replica_groups=mesh['a'=2,'b'=3] {'a'}", [[0, 3], [1, 4], [2, 5]]),
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x=1", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
         ("replica_groups={}", []),
     ],
 )
