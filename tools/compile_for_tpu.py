@@ -3,8 +3,8 @@
     python tools/compile_for_tpu.py --shape llama-3.1-8b --method lora --topology v5p:2x2x2 --rows 2 --hlo step.txt
 
 Needs the `plan` extra (libtpu). Weights are shapes only; the step is the one that `jaxtune.train` runs. Prints one JSON
-object: seconds to compile, GiB per chip (arguments, temporaries), the compiler's estimate of a step in cycles with its
-parts; the text of the optimized module goes to --hlo.
+object: seconds to compile, GiB per chip (arguments, temporaries), the compiler's estimate of a step in cycles, the time
+with what the links expose, and the shares of its parts; the text of the optimized module goes to --hlo.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from jaxtune.config import Config
 from jaxtune.cost_model.chips import CHIPS
 from jaxtune.cost_model.estimate import estimate
 from jaxtune.cost_model.hlo import parse
+from jaxtune.cost_model.links import directions
 from jaxtune.decode import decode
 from jaxtune.optimizer import make_optimizer
 from jaxtune.sharding import batch_sharding, make_mesh, parameter_shardings
@@ -119,7 +120,10 @@ def main() -> None:
         options.hlo.write_text(text)
     row = options.length + (shape["model_type"] == "t5") * (config.data.encoder_length or options.length)
     tokens = config.train.batch_rows * row // len(devices)
-    costs = estimate(parse(text), CHIPS[devices[0].device_kind], mesh=mesh.shape)
+    chip, places = CHIPS[devices[0].device_kind], [device.coords for device in mesh.devices.flat]
+    ways = directions(places, [max(side) + 1 for side in zip(*places, strict=True)], mesh.shape, chip)
+    costs = estimate(parse(text), chip, mesh=mesh.shape, directions=ways)
+    whole = sum(costs.parts.values())
     result = {
         "shape": options.shape,
         "method": options.method,
@@ -130,7 +134,9 @@ def main() -> None:
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
         "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 2),
         "megacycles_per_token": round(costs.cycles / tokens / 1e6, 4),
-        "parts": {part: round(cycles / costs.cycles, 3) for part, cycles in sorted(costs.parts.items())},
+        "milliseconds": round(costs.seconds * 1e3, 3),
+        "exposed_milliseconds": round(costs.exposed * 1e3, 3),
+        "parts": {part: round(cycles / whole, 3) for part, cycles in sorted(costs.parts.items())},
         "kernels": {label: calls.number for label, calls in costs.kernels.items()},
     }
     print(json.dumps(result))
