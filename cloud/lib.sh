@@ -99,10 +99,10 @@ read_tpu_name() {
   eval "$assignments"
 }
 
-# split_words WORD...: sets CONFIG to the configuration file ('' where there is none) and WORDS to the rest, key=value.
-# Ends here where the file does not exist, a word is neither, or the words and the file name no `output` in a bucket.
+# split_words WORD...: sets CONFIG to the configuration file ('' where there is none), WORDS to the rest, key=value, and
+# OUTPUT to where the run writes. Ends here where the file does not exist or the configuration is wrong.
 split_words() {
-  local word output=
+  local word output code=0
   CONFIG=
   WORDS=()
   for word in "$@"; do
@@ -116,13 +116,18 @@ split_words() {
     esac
   done
   if [ "$#" -eq 0 ]; then usage_error "nothing to train: expected CONFIG.yaml, key=value words, or both"; fi
-  if [ -n "$CONFIG" ]; then
-    [ -f "$CONFIG" ] || usage_error "$CONFIG: no such file"
-    output=$(sed -n "s/^output: *//p" "$CONFIG" | head -n 1 | sed "s/ *#.*//; s/[\"']//g")
-  fi
-  for word in "$@"; do
-    case $word in output=*) output=${word#output=} ;; esac
-  done
+  [ -z "$CONFIG" ] || [ -f "$CONFIG" ] || usage_error "$CONFIG: no such file"
+  output=$("$PYTHON" "$CLOUD/check_config.py" "$@") || code=$?
+  case $code in
+    0) ;;
+    3) # as well as the shell can
+      [ -z "$CONFIG" ] || output=$(sed -n "s/^output: *//p" "$CONFIG" | head -n 1 | sed "s/ *#.*//; s/[\"']//g")
+      for word in "$@"; do
+        case $word in output=*) output=${word#output=} ;; esac
+      done
+      ;;
+    *) exit 2 ;;
+  esac
   OUTPUT=$output
 }
 
@@ -130,6 +135,7 @@ split_words() {
 need_bucket() {
   case $OUTPUT in
     gs://* | s3://*) ;;
+    '') usage_error "output is missing: a bucket, output=gs://BUCKET/runs/NAME" ;;
     *) usage_error "output: found '$OUTPUT'; expected a bucket, output=gs://BUCKET/runs/NAME: what lies on these machines goes with them" ;;
   esac
 }

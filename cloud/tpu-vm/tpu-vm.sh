@@ -61,6 +61,7 @@ main() {
       ;;
   esac
   need gcloud
+  [ -z "${TPU_DESCRIPTION:-}" ] || say "$TPU_DESCRIPTION"
   QUEUED=(gcloud compute tpus queued-resources)
   WHERE=(--zone="$ZONE" --project="$PROJECT" --quiet)
   DESCRIBE=("${QUEUED[@]}" describe "$NAME" "${WHERE[@]}" --format='value(state.state)')
@@ -123,7 +124,6 @@ read_tpu() {
   RUNTIME=${RUNTIME:-$TPU_RUNTIME}
   [ -n "$RUNTIME" ] || usage_error "--tpu: $TPU_KIND is not rented as a TPU VM; ../gke takes it"
   [ "$TPU_IS_USUAL_SHAPE" = yes ] || usage_error "--tpu: $TPU: a TPU VM of $TPU_ACCELERATOR_TYPE has another shape; ../gke takes any"
-  say "$TPU_DESCRIPTION"
 }
 
 # ---- commands, in the order of a run

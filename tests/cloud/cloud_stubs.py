@@ -16,7 +16,7 @@ PROGRAMS = ("gcloud", "kubectl", "xpk", "sky", "sbatch", "squeue", "scancel", "s
 NOT_FOUND = "echo 'ERROR: (gcloud) NOT_FOUND: Resource was not found' >&2; exit 1"
 
 # For `Stubs.wait_until_asleep`: a shell that is interrupted while a command of its own ends would go on.
-ASLEEP = 'touch "$STUBS/asleep"; exec sleep 30'
+ASLEEP = ': >"$STUBS/asleep"; exec sleep 30'
 
 # Records the words of the call, then plays the next answer of the first rule whose text is in them.
 STUB = """#!/usr/bin/env bash

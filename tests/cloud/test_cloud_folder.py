@@ -99,7 +99,22 @@ def test_a_dry_run_needs_none_of_the_programs(stubs, script):
 def test_a_program_that_is_missing_is_named(stubs, script):
     for program in stubs.bin.iterdir():
         program.unlink()
-    needed = ("bash", "python3", "dirname", "sed", "head", "cat", "mkdir", "awk", "chmod", "rm", "cp", "tar", "ls")
+    needed = (
+        "bash",
+        "python3",
+        "dirname",
+        "sed",
+        "head",
+        "cat",
+        "mkdir",
+        "awk",
+        "chmod",
+        "rm",
+        "cp",
+        "tar",
+        "ls",
+        "id",
+    )
     for program in needed:
         found = subprocess.run(["which", program], capture_output=True, text=True).stdout.strip()
         (stubs.bin / program).symlink_to(found)

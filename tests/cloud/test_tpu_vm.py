@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 from cloud_stubs import ASLEEP, NOT_FOUND, Stubs, dry_lines
@@ -330,6 +331,20 @@ def test_variables_are_handed_over_in_a_file_and_never_printed(stubs):
     assert not (stubs.folder / "home/.cache/jaxtune-cloud/mine/jaxtune-job").exists()
 
 
+def test_without_jaxtune_s_packages_the_configuration_is_not_checked_and_its_output_is_found(stubs, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    config = tmp_path / "tune.yaml"
+    config.write_text("# tune\noutput: 'gs://some-bucket/run' # there\nmodel:\n  path: M\n")
+    done = stubs.run(SCRIPT, "up", *WHERE, str(config), "--dry-run", PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    assert "not checked beforehand" in done.stderr
+    assert "finished: gs://some-bucket/run\n" in done.stderr
+    config.write_text("output: runs/here\n")
+    assert "expected a bucket" in stubs.run(SCRIPT, "up", *WHERE, str(config), "--dry-run", PYTHON=str(python)).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -345,7 +360,8 @@ def test_variables_are_handed_over_in_a_file_and_never_printed(stubs):
         (("up", *WHERE[:6]), "--project is missing"),
         (("up", *WHERE), "nothing to train"),
         (("up", *WHERE, "no_such.yaml"), "no_such.yaml: no such file"),
-        (("up", *WHERE, "output=runs/x"), "expected a bucket"),
+        (("up", *WHERE, *RUN, "output=runs/x"), "expected a bucket"),
+        (("up", *WHERE, *RUN, "trian.steps=3"), "trian: unknown key"),
         (("up", *WHERE, "--slices", "two", *RUN), "--slices: found 'two'"),
         (("up", *WHERE, "--poll"), "--poll needs a value"),
         (("up", *WHERE, "--env", "NOBODY_SET_THIS", *RUN), "--env NOBODY_SET_THIS"),
