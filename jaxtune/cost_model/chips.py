@@ -2,8 +2,8 @@
 
 Peaks, bandwidths of HBM and of the network between slices are those of the page of each TPU at
 cloud.google.com/tpu/docs, halved where a chip is two devices; clocks follow from the peak and the size of the matrix
-units. What a program may use of the memory is what libtpu 0.0.42 names when a program needs too much ("exceeds
-available HBM (95.74G)"). Links: "How to Scale Your Model" (Austin et al. 2025, part 2), which has what is reached of
+units. What a program may use of the memory is what libtpu 0.0.50 names when a program needs too much ("exceeds
+available HBM (95.73G)"; 0.0.42 says up to 0.01 more). Links: "How to Scale Your Model" (Austin et al. 2025, part 2), which has what is reached of
 the 100 or 50 GB/s that the pages say; v2 and v3: Jouppi et al. 2020, "A Domain-Specific Supercomputer for Training
 Deep Neural Networks"; TPU7x, whose page says 1,200 GB/s for all links of a chip, as v5p's does, is taken as v5p. GPUs:
 NVIDIA's datasheets of the SXM cards, dense peaks; the network is one 200 (A100) or 400 Gbit/s card for each of them.
@@ -42,9 +42,9 @@ TPUS = {
     "TPU v3": Chip(61.5e12, 15.48 * GIB, 0.45e12, 0.94e9, link=82e9, dcn=3.1e9, dimensions=2, ring=32, devices=2),
     "TPU v4": Chip(275e12, 30.75 * GIB, 1.228e12, 1.05e9, link=45e9, dcn=6.25e9, dimensions=3, ring=4),
     "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.819e12, 1.5e9, link=45e9, dcn=3.125e9, dimensions=2, ring=16),
-    "TPU v5": Chip(459e12, 95.74 * GIB, 2.765e12, 1.75e9, link=90e9, dcn=6.25e9, dimensions=3, ring=4),
-    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1.64e12, 1.75e9, link=90e9, dcn=12.5e9, dimensions=2, ring=16),
-    "TPU7x": Chip(1153e12, 94.75 * GIB, 3.69e12, 2.2e9, link=90e9, dcn=6.25e9, dimensions=3, ring=4, devices=2),
+    "TPU v5": Chip(459e12, 95.73 * GIB, 2.765e12, 1.75e9, link=90e9, dcn=6.25e9, dimensions=3, ring=4),
+    "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1.64e12, 1.75e9, link=90e9, dcn=12.5e9, dimensions=2, ring=16),
+    "TPU7x": Chip(1153e12, 94.74 * GIB, 3.69e12, 2.2e9, link=90e9, dcn=6.25e9, dimensions=3, ring=4, devices=2),
 }
 GPUS = {
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.039e12, None, link=300e9, dcn=25e9),

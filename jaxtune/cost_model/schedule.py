@@ -3,9 +3,9 @@
 Between the op that begins a collective and the op that waits for it, the time of the ops in between is the
 collective's: what it needs beyond that is exposed, and one that is waited for where it stands is exposed whole. The
 links of a slice, and those between slices, each do one collective at a time, in the order in which they begin, so that
-two in flight never use the same cycles twice. (That two axes may have links of their own is left out, as are latency
-and the memory bandwidth that collectives take from other work.) What is begun in one computation, such as a loop's
-body, is waited for in it.
+two in flight never use the same cycles twice. What is begun in one computation, such as a loop's body, is waited for
+in it. Left out: that two axes may have links of their own; latency; the memory bandwidth that collectives take from
+other work; and that of a chain of fusions only its own may take a collective of several steps further.
 """
 
 from collections.abc import Callable
