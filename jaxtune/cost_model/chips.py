@@ -3,10 +3,11 @@
 Peaks, bandwidths of HBM and of the network between slices are those of the page of each TPU at
 cloud.google.com/tpu/docs, halved where a chip is two devices; clocks follow from the peak and the size of the matrix
 units. What a program may use of the memory is what libtpu 0.0.50 names when a program needs too much ("exceeds
-available HBM (95.73G)"; 0.0.42 says up to 0.01 more). Links: "How to Scale Your Model" (Austin et al. 2025, part 2), which has what is reached of
-the 100 or 50 GB/s that the pages say; v2 and v3: Jouppi et al. 2020, "A Domain-Specific Supercomputer for Training
-Deep Neural Networks"; TPU7x, whose page says 1,200 GB/s for all links of a chip, as v5p's does, is taken as v5p. GPUs:
-NVIDIA's datasheets of the SXM cards, dense peaks; the network is one 200 (A100) or 400 Gbit/s card for each of them.
+available HBM (95.73G)"; 0.0.42 says up to 0.01 more). Links: "How to Scale Your Model" (Austin et al. 2025, part 2),
+which has what is reached of the 100 or 50 GB/s that the pages say, and 25 GB/s of network for a host, taken where a
+page is silent (v2 to v4); v2 and v3: Jouppi et al. 2020, "A Domain-Specific Supercomputer for Training Deep Neural
+Networks"; TPU7x, whose page says 1,200 GB/s for all links of a chip, as v5p's does, is taken as v5p. GPUs: NVIDIA's
+datasheets of the SXM cards, dense peaks; the network is one card of 200 (A100) or 400 Gbit/s for each of them.
 """
 
 from dataclasses import dataclass
