@@ -1,8 +1,8 @@
 """What a JobSet may look like, as far as ours need it.
 
-The facts are those of the published definition (kubernetes-sigs/jobset, JobSet v1alpha2, releases 0.7 to 0.9): every
-field of `spec` and of what lies in it, their types, which are required, the values that are allowed; pods, which the
-definition takes from Kubernetes, with the fields that we write. A field that is not listed is an error here, where a
+The facts are those of the published definition (kubernetes-sigs/jobset, release 0.9.1, JobSet v1alpha2): every field of
+`spec` and of what lies in it, their types, which are required, the values that are allowed; pods, which the definition
+takes from Kubernetes, with the fields that we write. A field that is not listed is an error here, where a
 cluster would drop it without a word. The rules behind the schema (names, the coordinator) are in the tests.
 """
 
@@ -78,12 +78,17 @@ JOB = fields(
                 ("action",),
                 action=one_of("FailJob", "FailIndex", "Ignore", "Count"),
                 onExitCodes=EXIT_CODES,
-                onPodConditions=several(fields(("type",), type=TEXT, status=TEXT)),
+                onPodConditions=several(fields(("status", "type"), status=TEXT, type=TEXT)),
             ),
             maxItems=20,
         ),
     ),
     podReplacementPolicy=TEXT,
+    selector=fields(
+        matchExpressions=several(fields(("key", "operator"), key=TEXT, operator=TEXT, values=TEXTS)),
+        matchLabels=TEXT_TO_TEXT,
+    ),
+    successPolicy=fields(("rules",), rules=several(fields(succeededCount=INT32, succeededIndexes=TEXT))),
     suspend=FLAG,
     ttlSecondsAfterFinished=INT32,
     template=fields(metadata=METADATA, spec=POD),
