@@ -33,6 +33,8 @@
 set -euo pipefail
 # shellcheck source=cloud/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+# shellcheck source=cloud/tpu-vm/request.sh
+. "$CLOUD/tpu-vm/request.sh"
 
 NAME='' TPU='' SLICES=1 WAIT=21600 RESTARTS=20 POLL=30 RUNTIME='' PACKAGE='' DELETE_WHEN_DONE=no
 ZONE=${CLOUDSDK_COMPUTE_ZONE:-} PROJECT=${CLOUDSDK_CORE_PROJECT:-}
@@ -177,135 +179,13 @@ command_stop() { BILLED=yes && every_machine stop; }
 
 command_delete() { BILLED=yes && delete_all; }
 
-# ---- the TPU
-
-refuse_if_there() {
-  case $(ASSUMED=GONE state_of_request) in
-    GONE) ;;
-    UNKNOWN) fail "gcloud does not answer: $(quoted "${DESCRIBE[@]}")" ;;
-    *) fail "$NAME is there already: use resume, delete, or another --name" ;;
-  esac
-}
-
-# provision: creates the TPU and waits for it; returns 1 where it was taken away meanwhile (and is deleted).
-provision() {
-  local nodes=(--node-id="$NAME") output attempt pause=$PAUSE
-  if [ "$SLICES" -gt 1 ]; then nodes=(--node-count="$SLICES" --node-prefix="$NAME"); fi
-  for ((attempt = 1; ; attempt++)); do
-    BILLED=yes
-    # valid-until: a request that is forgotten, this script's machine being gone, never turns into a bill later.
-    if output=$(run "${QUEUED[@]}" create "$NAME" "${WHERE[@]}" --accelerator-type="$TPU_ACCELERATOR_TYPE" \
-      --runtime-version="$RUNTIME" "${nodes[@]}" --valid-until-duration="${WAIT}s" \
-      ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"} 2>&1); then
-      break
-    fi
-    say "$output"
-    # It failed, and may all the same have left a request or nodes behind.
-    case $(state_of_request) in
-      GONE) BILLED=no ;;
-      ACTIVE | PROVISIONING | CREATING | ACCEPTED | WAITING_FOR_RESOURCES) break ;;
-      UNKNOWN) fail "the request failed, and gcloud does not tell whether it left something behind" ;;
-      *) delete_all ;;
-    esac
-    case $output in
-      *[Qq]uota* | *RESOURCE_EXHAUSTED*) fail "no quota for $TPU_ACCELERATOR_TYPE in $ZONE (spot, on demand and reserved have quotas of their own)" ;;
-      *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *"invalid choice"* | *unrecognized*) fail "gcloud refused the request" ;;
-    esac
-    [ "$attempt" -lt "$ATTEMPTS" ] || fail "the TPU could not be requested, $ATTEMPTS times"
-    sleep "$pause"
-    pause=$((pause * 2))
-  done
-  wait_until_ready
-}
-
-# wait_until_ready: returns 0 when every slice is there, 1 when the TPU was taken away (and has been deleted).
-wait_until_ready() {
-  local state nodes ready since=$SECONDS silent=0
-  while :; do
-    state=$(state_of_request)
-    silent=$((silent + 1))
-    [ "$state" = UNKNOWN ] || silent=0
-    [ "$silent" -lt 10 ] || fail "gcloud has not answered 10 times: $(quoted "${DESCRIBE[@]}")"
-    if [ "$state" = ACTIVE ]; then
-      nodes=$(node_states)
-      ready=$(printf '%s\n' "$nodes" | grep -c '^READY$' || true)
-      [ "$ready" -ne "$SLICES" ] || return 0
-      if is_gone "$nodes"; then state=SUSPENDED; else state="ACTIVE, but $ready of $SLICES slices are ready"; fi
-    fi
-    case $state in
-      FAILED)
-        say "$("${QUEUED[@]}" describe "$NAME" "${WHERE[@]}" --format='value(state)' 2>&1 || true)"
-        delete_all
-        fail "the request failed (gcloud's words are above); it is deleted"
-        ;;
-      SUSPENDING | SUSPENDED | DELETING | GONE)
-        say "the TPU was taken away: $state"
-        delete_all
-        return 1
-        ;;
-    esac
-    if [ $((SECONDS - since)) -ge "$WAIT" ]; then
-      delete_all
-      fail "after ${WAIT}s the TPU was still $state; the request is deleted"
-    fi
-    say "$(date +%T) $NAME: $state"
-    sleep "$POLL"
-  done
-}
-
-recreate() {
-  SEEN=0
-  [ "$(state_of_request)" = GONE ] || delete_all
-  create_until_ready
-}
-
-create_until_ready() {
-  until provision; do count_restart "it was taken away before it was ready"; done
-}
-
-# The state of the queued resource, GONE where there is none, UNKNOWN where gcloud fails otherwise.
-state_of_request() {
-  local output
-  if output=$(ask "$ASSUMED" "${DESCRIBE[@]}" 2>&1); then
-    printf '%s\n' "${output##*$'\n'}"
-  elif [[ $output == *NOT_FOUND* || $output == *"not found"* ]]; then
-    echo GONE
-  else
-    say "$output"
-    echo UNKNOWN
-  fi
-}
-
-# The state of every node of this queued resource, one a line.
-node_states() {
-  ask "$(for ((i = 0; i < SLICES; i++)); do echo READY; done)" "${NODES[@]}" --format='value(state)' || true
-}
-
-is_gone() { printf '%s\n' "$1" | grep -q -E '^(PREEMPTED|TERMINATED|STOPPED|STOPPING|DELETING|HIDDEN)$'; }
-
-# Deletes the queued resource with its nodes, and nodes that are left; ends here where it cannot.
-delete_all() {
-  local left
-  retry delete_request || fail "$NAME could not be deleted"
-  left=$(ask '' "${NODES[@]}" --format='value(name)') || fail "cannot see whether nodes of $NAME are left"
-  for left in $left; do
-    say "$left was left behind"
-    retry run gcloud compute tpus tpu-vm delete "${left##*/}" "${WHERE[@]}" || fail "$left could not be deleted"
-  done
-  [ "$DRY_RUN" = yes ] || say "$NAME is deleted"
-  BILLED=no
-  STARTED=no
-}
-
-delete_request() { run "${DELETE[@]}" || [ "$(state_of_request)" = GONE ]; }
-
 # ---- the training
 
 first_machine() {
   local command=$1
   shift
   ask 'jaxtune-job: ended 0 0' "${QUEUED[@]}" ssh "$NAME" "${WHERE[@]}" --node=0 --worker=0 \
-    --command="$(quoted bash jaxtune-job/worker.sh "$command" "$@")"
+    --command="$(quoted bash jaxtune-job/worker.sh "$command" "$@")" </dev/null
 }
 
 every_machine() {
@@ -390,16 +270,6 @@ told_by_code() {
   if was_taken_away; then OUTCOME=lost; fi
 }
 
-was_taken_away() {
-  local state
-  state=$(state_of_request)
-  case $state in
-    ACTIVE) is_gone "$(node_states)" ;;
-    UNKNOWN) return 1 ;;
-    *) return 0 ;;
-  esac
-}
-
 # follow_to_the_end: follows, and starts again what was preempted or killed, RESTARTS times in all.
 follow_to_the_end() {
   while :; do
@@ -407,7 +277,6 @@ follow_to_the_end() {
     case $OUTCOME in
       saved | killed*)
         count_restart "the training ended: $OUTCOME"
-        every_machine stop || true # others may still wait for the one that was killed
         start_again
         ;;
       lost)
@@ -425,6 +294,7 @@ follow_to_the_end() {
 start_again() {
   local attempt
   for ((attempt = 1; attempt <= 10; attempt++)); do
+    every_machine stop || true # some may still wait for one that was killed, or have started without the others
     ! start_training || return 0
     if was_taken_away; then
       recreate

@@ -267,6 +267,21 @@ def test_a_tpu_that_is_taken_away_during_set_up_is_made_again(stubs):
     assert verbs(stubs).count("start") == 1
 
 
+def test_one_of_several_slices_that_is_missing_counts_as_taken_away(stubs):
+    both = "echo READY; echo READY"
+    cloud(stubs, nodes=(both, "echo READY", both), reports=("ended 1", "ended 0"))
+    done = stubs.run(SCRIPT, "up", *WHERE, *QUICK, "--slices", "2", *RUN)
+    assert done.returncode == 0, done.stderr
+    assert verbs(stubs).count("create") == 2
+
+
+def test_nodes_that_cannot_be_listed_are_not_taken_for_lost(stubs):
+    cloud(stubs, nodes=("echo READY", "exit 1"), reports=("ended 143", "ended 0"))
+    done = stubs.run(SCRIPT, "up", *WHERE, *QUICK, *RUN)
+    assert done.returncode == 0, done.stderr
+    assert verbs(stubs).count("create") == 1
+
+
 def test_a_run_that_saved_because_its_machine_goes_waits_for_the_news(stubs):
     """SIGTERM reaches the run before the state of the TPU tells of the preemption."""
     cloud(
