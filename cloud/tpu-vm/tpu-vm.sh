@@ -315,7 +315,10 @@ count_restart() {
 
 end_as_told() {
   case $OUTCOME in
-    finished) say "the training has finished: $OUTPUT" ;;
+    finished)
+      [ "$DRY_RUN" = no ] || say "nothing was run; the training would write to $OUTPUT"
+      [ "$DRY_RUN" = yes ] || say "the training has finished: $OUTPUT"
+      ;;
     saved) say "the training was stopped, and has saved" && exit 143 ;;
     lost) fail "the TPU was taken away" ;;
     *) say "error: the training ended with exit code ${OUTCOME#* }; its log is above" && exit "${OUTCOME#* }" ;;

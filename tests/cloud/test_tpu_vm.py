@@ -355,7 +355,7 @@ def test_without_jaxtune_s_packages_the_configuration_is_not_checked_and_its_out
     done = stubs.run(SCRIPT, "up", *WHERE, str(config), "--dry-run", PYTHON=str(python))
     assert done.returncode == 0, done.stderr
     assert "not checked beforehand" in done.stderr
-    assert "finished: gs://some-bucket/run\n" in done.stderr
+    assert "would write to gs://some-bucket/run\n" in done.stderr
     config.write_text("output: runs/here\n")
     assert "expected a bucket" in stubs.run(SCRIPT, "up", *WHERE, str(config), "--dry-run", PYTHON=str(python)).stderr
 
