@@ -212,6 +212,30 @@ def test_a_computation_begun_on_another_core_is_in_flight():
         assert exposed(found) == 20
 
 
+def test_a_gather_that_the_sparse_cores_do_is_in_flight():
+    """Its computation begins another one, and the thread is named behind the bracket."""
+    sparse = f"""\
+%gathering (x: u8[10]) -> u8[40] {{
+  %x = u8[10]{{0}} parameter(0)
+  ROOT %g = u8[40]{{0}} all-gather(%x), channel_id=4, {RING}, dimensions={{0}}
+}}, execution_thread="sparsecore"
+
+%around (y: u8[10]) -> u8[40] {{
+  %y = u8[10]{{0}} parameter(0)
+  %inner = ((u8[10]{{0}}), u8[40]{{0}}, u32[]) call-start(%y), async_execution_thread="sparsecore", to_apply=%gathering
+  ROOT %end = u8[40]{{0}} call-done(%inner)
+}}, execution_thread="sparsecore"
+"""
+    lines = [
+        '  %a = ((u8[10]{0}), u8[40]{0}, s32[]) call-start(%p), async_execution_thread="sparsecore", to_apply=%around',
+        work("beside", 12),
+        "  %d = u8[40]{0} call-done(%a)",
+    ]
+    found = run(*lines, more=sparse)
+    assert exposed(found) == 30 - 12
+    assert found.collectives == {("all-gather", ("fsdp",)): (1, 30, 30, 18)}
+
+
 def test_permutes_and_rows_sent_to_experts():
     lines = [
         "  %s = (u8[9]{0}, u8[9]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}",
