@@ -39,9 +39,9 @@ class Blueprint(NamedTuple):
     update: Callable[..., Any]
 
     @property
-    def platform(self) -> str:
+    def device_kind(self) -> str:
         """Of the mesh's devices, whether they are here or not."""
-        return str(self.mesh.devices.flat[0].platform)
+        return str(self.mesh.devices.flat[0].device_kind)
 
     @property
     def tokens(self) -> int:
@@ -97,7 +97,7 @@ def compile_update(blueprint: Blueprint, state: Any = None, frozen: Any = None) 
             blueprint.state if state is None else state,
             blueprint.frozen if frozen is None else frozen,
             blueprint.batch,
-            platform=blueprint.platform,
+            device_kind=blueprint.device_kind,
             options=blueprint.config.train.compiler_options,
         )
 

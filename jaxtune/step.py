@@ -111,21 +111,42 @@ class _Told(NamedTuple):
     router: RouterSums | None
 
 
-# What the compiler is told besides its defaults, by platform of the mesh. On TPU: no windowed collective matmuls
-# (1.7-1.8 times fewer estimated cycles on an 8B step); 32 MiB of vector memory for fusions (another 1.1 times; 64 MiB
-# gives 3 % more and takes half as long again to compile); all-gathers of weights that run beside the matrix products
-# (without them every gather waits: a sixth of an 8B LoRA step on v5p).
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    "tpu": {
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 100000,
-        "xla_tpu_scoped_vmem_limit_kib": 32768,
-        "xla_enable_async_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-        "xla_tpu_overlap_compute_collective_tc": True,
-    },
+# What a TPU's compiler is told besides its defaults: no windowed collective matmuls (1.7-1.8 times fewer estimated
+# cycles on an 8B step), and 32 MiB of vector memory for fusions (another 1.1 times; 64 MiB gives 3 % more and takes
+# half as long again to compile).
+TPU_OPTIONS: dict[str, Any] = {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 100000,
+    "xla_tpu_scoped_vmem_limit_kib": 32768,
 }
+# Weights are gathered beside the matrix products; without these every gather waits, a sixth of an 8B LoRA step on v5p.
+# Chips with sparse cores gather on them (libtpu from 0.0.50 on does); v5e, which has none, does it within fusions,
+# which the newer libtpu refuses on every other chip.
+_SPARSE_CORES: dict[str, Any] = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_all_gather_offload_tracing": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_sc_disable_megacore_partitioning": True,
+    "xla_sc_enable_instruction_fusion": False,
+}
+_FUSIONS: dict[str, Any] = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+GATHERING: dict[str, dict[str, Any]] = {
+    "TPU v5 lite": _FUSIONS,
+    "TPU v5": _SPARSE_CORES,
+    "TPU v6 lite": _SPARSE_CORES,
+    "TPU7x": _SPARSE_CORES,
+}
+
+
+def compiler_options(device_kind: str) -> dict[str, Any]:
+    """Returns what the compiler is told for devices of a kind, as jax names it, besides its defaults."""
+    return {**TPU_OPTIONS, **GATHERING.get(device_kind, {})} if device_kind.startswith("TPU") else {}
 
 
 def make_loss(
@@ -349,7 +370,7 @@ def compile_train_step(
     frozen: nnx.State,
     batch: AnyBatch,
     *,
-    platform: str,
+    device_kind: str,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Compiles the update for arguments that carry shardings (arrays, or ShapeDtypeStructs for absent hardware).
@@ -357,18 +378,18 @@ def compile_train_step(
     The state's buffers are donated: the new state takes the old one's place in memory. The metrics are whole on every
     device, so that any host can read them. `options` are told to the compiler in place of ours or beside them.
     """
-    told = {**COMPILER_OPTIONS.get(platform, {}), **(options or {})}
+    told = {**compiler_options(device_kind), **(options or {})}
     out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), _everywhere(batch))
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
     return jitted.lower(state, frozen, batch).compile(compiler_options=told)
 
 
 def compile_eval_step(
-    eval_step: Callable, trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, *, platform: str
+    eval_step: Callable, trainable: nnx.State, frozen: nnx.State, batch: AnyBatch, *, device_kind: str
 ) -> Any:
     """Compiles an evaluation for arguments that carry shardings; its sums are whole on every device."""
     jitted = jax.jit(eval_step, out_shardings=_everywhere(batch))
-    return jitted.lower(trainable, frozen, batch).compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
+    return jitted.lower(trainable, frozen, batch).compile(compiler_options=compiler_options(device_kind))
 
 
 def _everywhere(batch: AnyBatch) -> Any:

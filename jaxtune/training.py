@@ -201,7 +201,9 @@ def _compile(
         with terminal.working("compiling the evaluation"):
             sources = len(inputs.eval_stream.source_names)
             evaluation = make_eval_step(drawn.model.graph, drawn.compute._replace(sources=sources))
-            eval_step = compile_eval_step(evaluation, state.trainable, frozen, drawn.batch, platform=drawn.platform)
+            eval_step = compile_eval_step(
+                evaluation, state.trainable, frozen, drawn.batch, device_kind=drawn.device_kind
+            )
     return train_step, eval_step
 
 

@@ -11,7 +11,7 @@ import tiny_runs
 CHILD = """
 import json, sys, threading, time
 import jax
-from jaxtune import assembly, checkpoint, training
+from jaxtune import assembly, blueprint, checkpoint, training
 from jaxtune.decode import decode
 
 def anonymous():
@@ -44,7 +44,7 @@ def phase(owner, name, key):
     setattr(owner, name, run)
 
 phase(assembly, "load_trainable", "import")
-phase(training, "compile_train_step", "compile")
+phase(blueprint, "compile_update", "compile")
 phase(checkpoint.Checkpoints, "save", "save")
 phase(checkpoint.Checkpoints, "restore", "restore")
 phase(training.Loop, "run", "updates")

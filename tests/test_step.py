@@ -73,7 +73,7 @@ class Ready:
             self.state = create_on_mesh(lambda tree: initial_state(self.optimizer, tree), places, trainable)
             self.compute, _ = assembly.resolve_compute(self.config, self.plan, "cpu")
             step = make_train_step(self.plan.graph, self.optimizer, self.compute)
-            self.compiled = compile_train_step(step, self.state, self.frozen, batch_of(), platform="cpu")
+            self.compiled = compile_train_step(step, self.state, self.frozen, batch_of(), device_kind="cpu")
         self.kept = host(self.state)
 
     def step(self, batch):
@@ -180,7 +180,11 @@ def test_loss_and_gradient_do_not_depend_on_the_scale_of_the_weights(lora):
 def test_evaluation_gives_sums_of_the_same_loss(lora):
     with jax.set_mesh(lora.mesh):
         evaluate = compile_eval_step(
-            make_eval_step(lora.plan.graph, lora.compute), lora.state.trainable, lora.frozen, batch_of(), platform="cpu"
+            make_eval_step(lora.plan.graph, lora.compute),
+            lora.state.trainable,
+            lora.frozen,
+            batch_of(),
+            device_kind="cpu",
         )
     sums = evaluate(lora.state.trainable, lora.frozen, batch_of())
     _, metrics = lora.step(batch_of())

@@ -66,7 +66,7 @@ def run_jaxtune(method: str, trained: float) -> list[float]:
         batch = jax.device_put(batch)
         if compiled is None:
             step = make_train_step(plan.graph, optimizer, compute)
-            compiled = compile_train_step(step, state, frozen, batch, platform="cpu")
+            compiled = compile_train_step(step, state, frozen, batch, device_kind="cpu")
         start = time.perf_counter()
         state, metrics = compiled(state, frozen, batch)
         jax.block_until_ready((state, metrics))
