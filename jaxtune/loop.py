@@ -1,6 +1,7 @@
 """The loop over updates: feed, watch, evaluate, save, and stop when told to."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from jaxtune.watching import Done, Watcher
 
 
 class Outcome(NamedTuple):
-    """Where the loop ended; `exit_code` is 0 unless a signal ended it, losses are in nats."""
+    """Where the loop ended; `exit_code` is 0 unless a signal ended it, losses are in nats.
+
+    `step_seconds`: of an update, the median over the log's intervals but the first; None where there was only one.
+    """
 
     step: int
     loss: float | None
@@ -31,6 +35,7 @@ class Outcome(NamedTuple):
     exit_code: int
     tokens: int = 0
     seconds: float = 0.0
+    step_seconds: float | None = None
 
 
 def choose_eval_interval(config: Config, steps: int) -> int:
@@ -118,7 +123,9 @@ class Loop:
                 self.watchdog.beat()
             exit_code = stop.exit_code(self.config.train.preempted_exit_code) if stops and step < self.steps else 0
         seconds = time.perf_counter() - began
-        return state, Outcome(step, self._watcher.loss, self._eval_loss, exit_code, self._watcher.tokens, seconds)
+        watcher, intervals = self._watcher, self._watcher.step_seconds[1:]
+        each = statistics.median(intervals) if intervals else None
+        return state, Outcome(step, watcher.loss, self._eval_loss, exit_code, watcher.tokens, seconds, each)
 
     def _start(self, start: int, best: float | None, seen: Sequence[int] | None) -> None:
         self._feed = Feed(self.stream, self.mesh)

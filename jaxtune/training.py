@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxtune import adapters, agreement, assembly, blueprint, card, choosing, hosts, hub
+from jaxtune import adapters, agreement, assembly, blueprint, card, choosing, hosts, hub, planned
 from jaxtune.checkpoint import Checkpoints, Patience
 from jaxtune.config import Config
 from jaxtune.convert.folder import read_config
@@ -136,6 +136,16 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
         config, inputs.base, inputs.template, state.trainable, frozen, str(folder.path), readme=text, terminal=terminal
     )
     terminal.say(_summary(outcome, hf, adapter))
+    if hosts.index() == 0:
+        told = planned.compared(
+            folder.path,
+            device_kind=drawn.device_kind,
+            devices=mesh.size,
+            tokens=drawn.tokens,
+            seconds=outcome.step_seconds,
+        )
+        if told is not None:
+            terminal.say(told)
     return Result(0, outcome.step, outcome.loss, outcome.eval_loss, config.output, hf, adapter)
 
 

@@ -44,6 +44,7 @@ class Watcher:
         self.stream, self.steps, self.mesh = feed.stream, steps, mesh
         self.seen, self.tokens, self.skipped = seen, 0, 0
         self.loss: float | None = None
+        self.step_seconds: list[float] = []  # of an update, by interval of the log; the first has warm-up in it
         self.meter = Meter()
         self._flops_per_token = flops_per_token
         self._schedule = make_schedule(config, steps)
@@ -129,6 +130,7 @@ class Watcher:
             **({"router": {k: float(v) for k, v in metrics.router._asdict().items()}} if metrics.router else {}),
             **rates,
         )
+        self.step_seconds.append(rates["step_seconds"] or 0.0)
         rate = rates["tokens_per_second"] or 0.0
         bar.show(step, loss=metrics.loss, learning_rate=learning_rate, tokens_per_second=rate)
         self.meter.reset()
