@@ -18,12 +18,12 @@ import psutil
 from jaxtune import assembly, blueprint, hub
 from jaxtune.config import Config
 from jaxtune.cost_model.chips import CHIPS, Chip
-from jaxtune.forecast import SLACK, Forecast, Forecaster
+from jaxtune.forecast import OFFLOAD, SLACK, Forecast, Forecaster
 from jaxtune.memory import memory_explained
 from jaxtune.sharding import BATCH_AXES, MESH_AXES, make_mesh
 
 GIB = 2**30
-REMATS = ("none", "minimal", "dots", "mid", "full")
+REMATS = ("none", "minimal", "dots", "mid", "full", "offload")
 SHORTEST = 1024  # tokens of a row that a device should have; shorter parts are not worth the sending
 MOST_TENSOR = 16
 TRIES = 4  # ways that are compiled
@@ -204,7 +204,8 @@ def rank(forecaster: Forecaster, *, devices: int, left: frozenset[str], memory: 
     """
     config, found = forecaster.config, []
     meshes = list(_meshes(forecaster, devices)) if "mesh" in left else [given_sizes(config, devices)]
-    remats = REMATS if "remat" in left else (config.model.remat,)
+    remats = [name for name in REMATS if name != OFFLOAD or forecaster.platform != "cpu"]  # a CPU is its own host
+    remats = remats if "remat" in left else [config.model.remat]
     for sizes in meshes:
         ways = math.prod(sizes[axis] for axis in BATCH_AXES)
         for rows in _rows(config, ways) if "microbatch_rows" in left else [config.rows_at_once]:

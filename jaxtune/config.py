@@ -28,7 +28,7 @@ class ModelConfig(Section):
         "file keeps each tensor's own",
     )
     attention: Literal["auto", "xla", "splash", "tokamax"] = Field("auto", description="attention kernel")
-    remat: Literal["auto", "none", "dots", "minimal", "mid", "full"] = Field(
+    remat: Literal["auto", "none", "dots", "minimal", "mid", "full", "offload"] = Field(
         "auto",
         description="what the backward pass recomputes; auto is none on CPU, and elsewhere what is fastest of that "
         "which fits",

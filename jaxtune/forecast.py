@@ -36,29 +36,35 @@ HIDDEN = ("fsdp", "data")  # axes whose traffic runs beside the work, as far as 
 LEAK = 0.1  # share of it that nothing hides all the same
 CHUNK = 1024  # tokens that pass the head at once
 
+OFFLOAD = "offload"  # the kind of rematerialization that keeps in the memory of the host
 ROWS = 1  # that are traced; all that is counted is proportional to them
 
 
 class Traced(NamedTuple):
-    """Of one row: `flops` of matrix products in both passes; `kept` bytes between the passes; `loose` bytes that the
-    backward pass of one layer has at hand besides. `recomputed`: whether whole halves of layers run again."""
+    """Of one row: `flops` of matrix products in both passes; `kept` bytes between the passes, and `away` those kept in
+    the memory of the host; `loose` bytes that the backward pass of one layer has at hand besides. `recomputed`: whether
+    whole halves of layers run again."""
 
     flops: float
     kept: float
+    away: float
     loose: float
     recomputed: bool
 
 
 def trace(config: Config, model: assembly.ModelPlan, platform: str, remat: str) -> Traced:
     """Traces the loss and its gradient on one row, with one kind of rematerialization; nothing is compiled."""
-    kept = _kept(config, model, platform, remat)
+    kept, away = _kept(config, model, platform, remat), 0.0
+    if remat == OFFLOAD:
+        stays = _kept(config, model, platform, "full")
+        kept, away = stays, kept - stays
     layers = layers_of(model)
     everything = kept if remat == "none" else _kept(config, model, platform, "none")
     loss = _loss(config, model, platform, remat)
     traced = jax.make_jaxpr(jax.grad(lambda *trees: loss(*trees, None)[0]))(
         model.trainable, model.frozen, _rows(config)
     )
-    return Traced(matmul_flops(traced), kept, everything / layers, remat in ("mid", "full"))
+    return Traced(matmul_flops(traced), kept, away, everything / layers, remat in ("mid", "full"))
 
 
 def _kept(config: Config, model: assembly.ModelPlan, platform: str, remat: str) -> float:
@@ -165,6 +171,7 @@ class Forecaster:
         weights = _weights(config, model, sizes, self.platform)
         flops = traced.flops * config.train.batch_rows / split
         moved = 2 * traced.kept * config.train.batch_rows / split  # written, and read again
+        sent = 2 * traced.away * config.train.batch_rows / split
         read = times * 3 * weights.gathered  # every pass reads all that a device computes with
         products = flops / (chip.peak * EFFICIENCY[self.platform])
         computing = max(products, read / chip.bandwidth) + moved / chip.bandwidth
@@ -172,6 +179,7 @@ class Forecaster:
         links = _links(config, model, sizes, weights, chip, tokens=tokens, times=times, recomputed=traced.recomputed)
         hidden = sum(links.get(axis, 0.0) for axis in HIDDEN)
         waiting = sum(links.values()) - hidden + max(LEAK * hidden, hidden - computing)
+        waiting += max(LEAK * sent / chip.host, sent / chip.host - computing)
         return Forecast(
             weights=weights.held,
             optimizer=self._moments * weights.share,

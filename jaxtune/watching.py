@@ -7,8 +7,9 @@ import jax
 from jaxtune import hosts
 from jaxtune.batch import HostBatch
 from jaxtune.config import Config
+from jaxtune.cost_model.chips import CHIPS
 from jaxtune.feeding import Feed
-from jaxtune.metrics import PEAK_FLOPS, Bar, Meter, MetricsLog, SourceLosses, Terminal, memory_bytes
+from jaxtune.metrics import Bar, Meter, MetricsLog, SourceLosses, Terminal, memory_bytes
 from jaxtune.optimizer import make_schedule
 from jaxtune.step import StepMetrics
 
@@ -111,7 +112,7 @@ class Watcher:
 
     def _report(self, step: int, metrics: StepMetrics, bar: Bar) -> None:
         kind = self.mesh.devices.flat[0].device_kind
-        peak = PEAK_FLOPS[kind] * self.mesh.devices.size if kind in PEAK_FLOPS else None
+        peak = CHIPS[kind].peak * self.mesh.devices.size if kind in CHIPS else None
         rates = self.meter.rates(flops_per_token=self._flops_per_token, peak_flops=peak)
         learning_rate = float(self._schedule(step - 1))
         sources, tags = self._sources.take()

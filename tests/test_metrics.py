@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from jaxtune import metrics
-from jaxtune.metrics import PEAK_FLOPS, Meter, MetricsLog, Terminal, cut_records, duration
+from jaxtune.metrics import Meter, MetricsLog, Terminal, cut_records, duration
 
 
 def log_in(folder, *, resumed_step=0, tensorboard=False, wandb=None):
@@ -197,11 +197,6 @@ def test_rates_are_per_second_of_the_interval_and_mfu_counts_real_tokens(monkeyp
     meter.reset()
     now[0] = 103.0
     assert meter.rates(flops_per_token=1.0, peak_flops=1.0)["tokens_per_second"] == 0.0
-
-
-def test_peaks_are_of_one_device_in_bfloat16():
-    assert PEAK_FLOPS["TPU v5"] == PEAK_FLOPS["TPU v5p"] == 459e12 and PEAK_FLOPS["NVIDIA H100 80GB HBM3"] == 989e12
-    assert all(1e14 < peak < 3e15 for peak in PEAK_FLOPS.values())
 
 
 def test_memory_is_known_on_a_cpu():

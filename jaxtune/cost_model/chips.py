@@ -10,6 +10,7 @@ Networks"; TPU7x, whose page says 1,200 GB/s for all links of a chip, as v5p's d
 datasheets of the SXM cards, dense peaks; the network is one card of 200 (A100) or 400 Gbit/s for each of them.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 GIB = 2.0**30
@@ -23,7 +24,7 @@ class Chip:
     in Hz, None for a GPU, whose compiler estimates no cycles. `link` bytes/s of one link one way, shared by the
     `devices` of a chip. A TPU's links lead to its neighbours in a torus of `dimensions`, closed to a ring where a side
     is a multiple of `ring` chips; 0 dimensions is a switch between all cards of a node. `dcn` bytes/s that a device
-    sends out of its slice or node.
+    sends out of its slice or node; `host` bytes/s between a device and the memory of its host, one way.
     """
 
     peak: float
@@ -35,6 +36,7 @@ class Chip:
     dimensions: int = 0
     ring: int = 1
     devices: int = 1
+    host: float = 16e9
 
 
 # By jax's `device_kind`.
@@ -44,13 +46,21 @@ TPUS = {
     "TPU v4": Chip(275e12, 30.75 * GIB, 1.228e12, 1.05e9, link=45e9, dcn=6.25e9, dimensions=3, ring=4),
     "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.819e12, 1.5e9, link=45e9, dcn=3.125e9, dimensions=2, ring=16),
     "TPU v5": Chip(459e12, 95.73 * GIB, 2.765e12, 1.75e9, link=90e9, dcn=6.25e9, dimensions=3, ring=4),
-    "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1.64e12, 1.75e9, link=90e9, dcn=12.5e9, dimensions=2, ring=16),
-    "TPU7x": Chip(1153e12, 94.74 * GIB, 3.69e12, 2.2e9, link=90e9, dcn=6.25e9, dimensions=3, ring=4, devices=2),
+    "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1.64e12, 1.75e9, link=90e9, dcn=12.5e9, dimensions=2, ring=16, host=32e9),
+    "TPU7x": Chip(
+        1153e12, 94.74 * GIB, 3.69e12, 2.2e9, link=90e9, dcn=6.25e9, dimensions=3, ring=4, devices=2, host=32e9
+    ),
 }
 GPUS = {
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.039e12, None, link=300e9, dcn=25e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3.35e12, None, link=450e9, dcn=50e9),
-    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, None, link=450e9, dcn=50e9),
-    "NVIDIA B200": Chip(2250e12, 180e9, 8.0e12, None, link=900e9, dcn=50e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.039e12, None, link=300e9, dcn=25e9, host=25e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3.35e12, None, link=450e9, dcn=50e9, host=50e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, None, link=450e9, dcn=50e9, host=50e9),
+    "NVIDIA B200": Chip(2250e12, 180e9, 8.0e12, None, link=900e9, dcn=50e9, host=50e9),
 }
-CHIPS = {**TPUS, **GPUS}
+_SMALLER = {
+    "NVIDIA A100-SXM4-40GB": dataclasses.replace(GPUS["NVIDIA A100-SXM4-80GB"], memory=40e9, bandwidth=1.555e12),
+    "NVIDIA H100 PCIe": Chip(756e12, 80e9, 2.0e12, None, link=300e9, dcn=50e9, host=50e9),
+}
+# Newer versions of jax name some in another way.
+_ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+CHIPS = {**TPUS, **GPUS, **_SMALLER, **{name: TPUS[known] for name, known in _ALIASES.items()}}

@@ -124,13 +124,21 @@ def _add(x: jax.Array, y: jax.Array, scale: float) -> jax.Array:
 
 
 # What the backward pass finds saved, by name; everything else of a layer is computed again. `attention` is the output
-# and log-sum-exp inside the attention kernel, so that the kernel does not run a third time.
+# and log-sum-exp inside the attention kernel, so that the kernel does not run a third time. `offload` saves what
+# `minimal` does, but in the memory of the host, from where it comes back in time: slow links, a lot of room.
+_SAVED = ("q", "k", "v", "attention", "mid", "gate", "up")
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "minimal": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "mid", "gate", "up"),
+    "minimal": jax.checkpoint_policies.save_only_these_names(*_SAVED),
     "mid": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "mid"),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(_SAVED),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 

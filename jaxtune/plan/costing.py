@@ -40,7 +40,8 @@ class Memory(NamedTuple):
     """Bytes of one device by kind, and the `limit` that a program may use.
 
     `activations` are what the forward pass keeps for the backward one; `temporaries` all else that is there for a
-    while. `told`: the total that the compiler named when it refused, where it did.
+    while. `told`: the total that the compiler named when it refused, where it did. `host`: bytes that lie in the memory
+    of the host meanwhile.
     """
 
     weights: float
@@ -51,6 +52,7 @@ class Memory(NamedTuple):
     batch: float
     limit: float
     told: float | None = None
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -101,7 +103,8 @@ class Plan:
     def seconds(self) -> float | None:
         """Of one update; None where the compiler refused."""
         if self.estimate is not None:
-            return self.estimate.seconds
+            away = 2 * self.memory.host / self.chip.host  # out and back, beside the work
+            return max(self.estimate.seconds, away)
         return self.forecast.seconds if self.forecast is not None and self.by == "forecast" else None
 
     @property
@@ -232,6 +235,7 @@ def _memory(drawn: blueprint.Blueprint, compiled: jax.stages.Compiled, saved: fl
         temporaries=temporaries - activations - gradients,
         batch=max(memory.argument_size_in_bytes - weights - optimizer, 0),
         limit=chip.memory,
+        host=memory.host_temp_size_in_bytes,
     )
 
 

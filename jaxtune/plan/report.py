@@ -37,6 +37,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_update": plan.tokens,
         "memory_bytes": {kind: getattr(memory, kind) for kind in KINDS}
         | {"total": memory.total, "limit": memory.limit},
+        "host_memory_bytes": memory.host,
         "limited_by": limited_by(plan),
         "model_flops": plan.model_flops,
         "seconds_per_update": plan.seconds,
@@ -140,7 +141,8 @@ def _head(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     memory = plan.memory
     if plan.fits:
-        return f"fits: {(memory.limit - memory.total) / GIB:.2f} GiB are left; most goes to {limited_by(plan)}"
+        away = f"; {memory.host / GIB:.2f} GiB of its host's memory" if memory.host else ""
+        return f"fits: {(memory.limit - memory.total) / GIB:.2f} GiB are left; most goes to {limited_by(plan)}{away}"
     return f"DOES NOT FIT: {plan.problem}; most goes to {limited_by(plan)}. Try --search"
 
 

@@ -96,7 +96,7 @@ def test_without_segments_the_neighbour_is_seen(decoder, attention):
 
 @pytest.mark.parametrize(
     "remat",
-    ["minimal", *(pytest.param(remat, marks=pytest.mark.long) for remat in ("dots", "mid", "full"))],
+    ["minimal", "offload", *(pytest.param(remat, marks=pytest.mark.long) for remat in ("dots", "mid", "full"))],
 )
 def test_remat_changes_no_gradient(decoder, remat):
     tokens, positions, segments = packed_row()
