@@ -81,9 +81,12 @@ def _device_array(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
         return np.asarray(devices).reshape(shape)
     from jax.experimental import mesh_utils
 
+    # Sides of a torus are split where sizes ask for it: 8 x 2 on 4x4.
+    split = {"allow_split_physical_axes": True}
     if shape[0] > 1:
-        return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (shape[0], *[1] * (len(shape) - 1)), devices)
-    return mesh_utils.create_device_mesh(shape, devices)
+        between = (shape[0], *[1] * (len(shape) - 1))
+        return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), between, devices, **split)
+    return mesh_utils.create_device_mesh(shape, devices, **split)
 
 
 def use_compilation_cache() -> None:
