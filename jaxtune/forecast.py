@@ -22,6 +22,7 @@ from jaxtune.batch import AnyBatch, Batch, PairBatch
 from jaxtune.blueprint import lengths
 from jaxtune.config import Config
 from jaxtune.cost_model.chips import Chip
+from jaxtune.cost_model.links import Network
 from jaxtune.cost_model.traced import matmul_flops, residual_bytes
 from jaxtune.optimizer import make_optimizer
 from jaxtune.sharding import BATCH_AXES, parameter_spec
@@ -210,7 +211,7 @@ class _Weights(NamedTuple):
 def _weights(config: Config, model: assembly.ModelPlan, sizes: Mapping[str, int], platform: str) -> _Weights:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     compute = np.dtype(assembly.resolve_dtypes(config, platform)[0]).itemsize
-    held = trained = whole = gathered = reduced = layer = 0.0
+    held = trained = whole = gradients = gathered = reduced = layer = 0.0
     for tree, is_trained in ((model.trainable, True), (model.frozen, False)):
         for variable in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable)):
             value = variable.get_value()
@@ -223,8 +224,8 @@ def _weights(config: Config, model: assembly.ModelPlan, sizes: Mapping[str, int]
             if axes[0] == "layers":
                 layer += size * by_fsdp * compute / value.shape[0]
             if is_trained:
-                trained, whole, reduced = trained + size, whole + value.size, reduced + size * by_fsdp * itemsize
-    gradients = reduced * (trained / max(trained, 1)) / sizes["fsdp"]
+                trained, whole, gradients = trained + size, whole + value.size, gradients + size * itemsize
+                reduced += size * by_fsdp * itemsize
     return _Weights(held, trained / max(whole, 1), gradients, gathered, layer, reduced)
 
 
@@ -239,7 +240,7 @@ def _links(
     times: int,
     recomputed: bool,
 ) -> dict[str, float]:
-    """Seconds of every axis's traffic in an update; a ring sends both ways, slices by the data-centre network.
+    """Seconds of every axis's traffic in an update: a ring sends both ways, slices and nodes by their network.
 
     fsdp gathers weights in both passes and scatters gradients; data and slice add gradients up; tensor gathers and
     scatters the stream at both halves of a layer (Korthikanti et al. 2022, section 4.2.2), context gathers keys and
@@ -256,20 +257,18 @@ def _links(
     layers, width = layers_of(model), model.config.width
     passes = 3 if recomputed else 2
     stream = layers * tokens * width * compute
-    both_ways = 2 * chip.link
     experts = getattr(model.config, "experts", None)
     keys = 2 * getattr(model.config, "num_kv_heads", 0) * model.config.head_dim / width
     sent = {
+        "slice": 2 * part("slice") * weights.gradients,
         "fsdp": times * part("fsdp") * (passes * weights.gathered + weights.reduced),
         "data": 2 * part("data") * weights.gradients,
         "tensor": times * part("tensor") * passes * 4 * stream,
         "context": times * sizes["context"] * part("context") * (passes + 1) * stream * keys,
         "expert": times * part("expert") * passes * 2 * stream * (experts.per_token if experts else 0),
     }
-    links = {axis: size / both_ways for axis, size in sent.items() if size and sizes[axis] > 1}
-    if sizes["slice"] > 1:
-        links["slice"] = 2 * part("slice") * weights.gradients / chip.dcn
-    return links
+    network = Network(chip, sizes)
+    return {axis: size / network.bandwidth((axis,)) for axis, size in sent.items() if size}
 
 
 def _head(config: Config, model: assembly.ModelPlan, sizes: Mapping[str, int]) -> float:

@@ -9,11 +9,13 @@ n devices, V bytes of the whole array that the group shares or adds up. Bytes th
     collective-permute              v
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtune.cost_model.chips import Chip
+from jaxtune.cost_model.topologies import GPUS_PER_NODE
 
 SLICE = "slice"  # the axis of the mesh between slices or nodes
 
@@ -56,13 +58,25 @@ class Network:
     directions: Mapping[str, float] = field(default_factory=dict)
 
     def bandwidth(self, axes: Sequence[str]) -> float:
-        """Returns bytes/s that a device sends along these axes together: along slices no more than its DCN."""
+        """Returns bytes/s that a device sends along these axes together: along slices no more than its DCN.
+
+        On a torus axes add up; on a switch the slowest of them counts.
+        """
         if SLICE in axes:
             return self.chip.dcn
         if not self.chip.dimensions:
-            return self.chip.link
+            return min(map(self._switched, axes), default=self.chip.link)
         ways = sum(self.directions.get(axis, 2.0) for axis in axes) if axes else 2.0
         return self.chip.link * min(ways, 2.0 * self.chip.dimensions) / self.chip.devices
+
+    def _switched(self, axis: str) -> float:
+        """Bytes/s along one axis of cards: the switch's within a node, beyond it all of a group's network cards."""
+        size = self.mesh.get(axis, 1)
+        faster = itertools.takewhile(lambda name: name != axis, reversed(list(self.mesh)))
+        inner = math.prod(self.mesh[name] for name in faster)
+        if inner * size <= GPUS_PER_NODE:
+            return self.chip.link
+        return min(self.chip.link, self.chip.dcn * min(size, max(GPUS_PER_NODE // inner, 1)))
 
     def seconds(self, kind: str, size: float, devices: int, axes: Sequence[str]) -> float:
         """Returns how long a collective along these axes takes."""

@@ -44,6 +44,16 @@ def test_an_axis_uses_the_links_that_it_extends_over():
     assert Network(H100, {}, {"fsdp": 4}).bandwidth(("fsdp",)) == H100.link
 
 
+def test_cards_beyond_a_node_send_through_the_network_cards_of_their_group():
+    """Nodes of 8: fsdp has whole nodes, or one card of each; tensor inside stays within."""
+    assert Network(H100, {"fsdp": 2, "tensor": 4}).bandwidth(("fsdp",)) == H100.link
+    assert Network(H100, {"data": 4, "fsdp": 4}).bandwidth(("data",)) == 2 * H100.dcn
+    assert Network(H100, {"fsdp": 4, "tensor": 8}).bandwidth(("fsdp",)) == H100.dcn
+    assert Network(H100, {"fsdp": 4, "tensor": 8}).bandwidth(("tensor",)) == H100.link
+    assert Network(H100, {"fsdp": 4, "tensor": 8}).bandwidth(("fsdp", "tensor")) == H100.dcn
+    assert Network(H100, {"fsdp": 64, "tensor": 1}).bandwidth(("fsdp",)) == min(8 * H100.dcn, H100.link)
+
+
 def test_seconds_of_a_network():
     network = Network(V5P, {"fsdp": 8}, {"fsdp": 3})
     assert network.seconds("all-gather", 8e9, 8, ("fsdp",)) == pytest.approx(7e9 / (3 * V5P.link))
