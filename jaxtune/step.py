@@ -118,13 +118,16 @@ TPU_OPTIONS: dict[str, Any] = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 100000,
     "xla_tpu_scoped_vmem_limit_kib": 32768,
 }
-# Weights are gathered beside the matrix products; without these every gather waits, a sixth of an 8B LoRA step on v5p.
-# Chips with sparse cores gather on them (libtpu from 0.0.50 on does); v5e, which has none, does it within fusions,
-# which the newer libtpu refuses on every other chip.
+# Weights are gathered, and gradients added up, beside the matrix products; without these every gather waits, a sixth of
+# an 8B LoRA step on v5p. Chips with sparse cores do it on them (libtpu from 0.0.50 on); v5e, which has none, gathers
+# within fusions, which the newer libtpu refuses on every other chip.
 _SPARSE_CORES: dict[str, Any] = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_all_gather_offload_tracing": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_enable_all_reduce_offload_tracing": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": False,
     "xla_tpu_use_tc_device_shape_on_sc": True,
     "xla_sc_disable_megacore_partitioning": True,
     "xla_sc_enable_instruction_fusion": False,
