@@ -122,7 +122,10 @@ TPU_OPTIONS: dict[str, Any] = {
 # an 8B LoRA step on v5p. Chips with sparse cores do it on them (libtpu from 0.0.50 on); v5e, which has none, gathers
 # within fusions, which the newer libtpu refuses on every other chip.
 _SPARSE_CORES: dict[str, Any] = {
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,  # else it adds up zeros and parts on many chips
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
     "xla_tpu_enable_all_gather_offload_tracing": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
