@@ -27,6 +27,8 @@ REMATS = ("none", "minimal", "dots", "mid", "full", "offload")
 SHORTEST = 1024  # tokens of a row that a device should have; shorter parts are not worth the sending
 MOST_TENSOR = 16
 TRIES = 4  # ways that are compiled
+SURE = 0.75  # of the memory; what should need less is not compiled only to see that it fits
+LESS = 0.85  # of the memory that a way which did not fit was to need, the next one may be expected to need
 
 
 class Choice(NamedTuple):
@@ -79,7 +81,7 @@ def choose(
 ) -> Choice | None:
     """Returns what to fill a configuration's open keys with, for devices that are here; None where none is open.
 
-    The best ways are compiled, one after another, until one fits; the compiler's cache keeps what it did.
+    The best ways are compiled, one after another, until one fits; one that should leave plenty of room is just taken.
 
     Args:
         hf_config: config.json of the model.
@@ -106,7 +108,11 @@ def choose(
     chip = chip_of(devices)
     ranked = rank(Forecaster(config, model, chip, platform), devices=len(devices), left=left, memory=chip.memory)
     problem: ValueError | None = None
-    for choice, forecast in different(ranked, TRIES):
+    for choice, forecast in to_try(ranked):
+        room = f"{forecast.memory / GIB:.1f} of {chip.memory / GIB:.1f} GiB a device expected"
+        if forecast.memory <= SURE * chip.memory:
+            say(f"chosen: {choice.describe()}; {room}")
+            return choice
         settled = choice.of(config)
         mesh = make_mesh(settled.mesh.model_dump(), devices)
         drawn = blueprint.draw(settled, hf_config, mesh, where=where, steps=1, sources=1)
@@ -117,7 +123,6 @@ def choose(
             say(f"does not fit: {choice.describe()}")
             problem = error
             continue
-        room = f"{forecast.memory / GIB:.1f} of {chip.memory / GIB:.1f} GiB a device expected"
         say(f"chosen: {choice.describe()}; {room}")
         return choice
     assert problem is not None
@@ -232,6 +237,16 @@ def different(ranked: Sequence[Ranked], number: int) -> list[Ranked]:
     for one in ranked:
         best.setdefault((*one.choice.sizes.values(), one.choice.remat), one)
     return list(best.values())[:number]
+
+
+def to_try(ranked: Sequence[Ranked]) -> list[Ranked]:
+    """Returns the best way, and for the case that it does not fit after all the best that needs clearly less, etc."""
+    found, limit = [], math.inf
+    for one in ranked:
+        if one.forecast.memory <= limit:
+            found.append(one)
+            limit = LESS * one.forecast.memory
+    return found[:TRIES]
 
 
 def _merit(one: Ranked, limit: float) -> tuple[float, ...]:

@@ -99,7 +99,7 @@ def _ranked(subject: _Subject, left: frozenset[str]) -> list[Ranked]:
 
 def _plan(subject: _Subject, *, hlo: str | None, console: Console) -> Plan:
     """The plan of a configuration as it would train: what it leaves open is the best that fits."""
-    ranked = choosing.different(_ranked(subject, choosing.open_keys(subject.config)), choosing.TRIES)
+    ranked = choosing.to_try(_ranked(subject, choosing.open_keys(subject.config)))
     if subject.topology.is_gpu:
         return forecast_plan(ranked[0].choice.of(subject.config), subject.forecaster, subject.topology, ranked[0])
     found: Plan | None = None
