@@ -1,5 +1,6 @@
 """A plan as people and programs read it."""
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -36,7 +37,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compiler_options": plan.config.train.compiler_options,
         "tokens_per_update": plan.tokens,
         "memory_bytes": {kind: getattr(memory, kind) for kind in KINDS}
-        | {"total": memory.total, "limit": memory.limit},
+        | {"total": memory.total if math.isfinite(memory.total) else None, "limit": memory.limit},
         "host_memory_bytes": memory.host,
         "limited_by": limited_by(plan),
         "model_flops": plan.model_flops,
