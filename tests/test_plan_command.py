@@ -207,7 +207,9 @@ def test_what_does_not_fit_is_told_and_ends_with_1(tmp_path: pathlib.Path, capsy
     assert plan["problem"] == f"needs {beyond:.2f} GiB more than is safe on a device"
 
 
-def test_a_mesh_that_is_not_there_is_told(small: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_mesh_that_is_not_there_is_told(
+    small: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
     """Nor one that the rows do not divide over."""
     code, _, error = plan_here(capsys, *small, "mesh.data=3", "mesh.fsdp=1", "--topology", "h100-8")
     assert code == 1 and error.startswith("error: ") and "Traceback" not in error
