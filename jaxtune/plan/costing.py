@@ -196,7 +196,7 @@ def forecast_plan(config: Config, forecaster: Forecaster, topology: Topology, ra
         **_facts(config, forecaster.model, topology, GPU_KINDS[topology.kind], ranked.choice.sizes),
         memory=_memory_forecast(config, forecast, ranked.choice.sizes, chip),
         by="forecast",
-        why="attention: a fused kernel",
+        why="attention: plain" if forecaster.model.config.is_encoder_decoder else "attention: a fused kernel",
         compile_seconds=0.0,
         forecast=forecast,
         problem=f"needs {beyond / GIB:.2f} GiB more than is safe on a device" if beyond > 0 else None,

@@ -99,7 +99,9 @@ def limited_by(plan: Plan) -> str:
 
 def show(plan: Plan, console: Console) -> None:
     """Prints a plan."""
-    unit = "device (two a chip)" if not plan.topology.is_gpu and GENERATIONS[plan.topology.kind].devices > 1 else "chip"
+    unit = "card" if plan.topology.is_gpu else "chip"
+    if not plan.topology.is_gpu and GENERATIONS[plan.topology.kind].devices > 1:
+        unit = "device (two a chip)"
     console.print(_head(plan), highlight=False)
     table = Table(title=f"memory of one {unit}, GiB", title_justify="left", box=None)
     for name in (*KINDS, "total", "limit"):
@@ -132,7 +134,7 @@ def _head(plan: Plan) -> str:
     if plan.by == "forecast":
         lines.append(
             "by an analytical model, not by a compiler: matrix products of the traced update at a stated share of the "
-            "peak (docs/performance.md)"
+            "peak (docs/planning.md)"
         )
     else:
         lines.append(f"compiled in {plan.compile_seconds:.0f} s; a real run may differ: nothing has run")
