@@ -51,11 +51,11 @@ test-matrix: $(VENV)/installed-test $(MATRIX)/installed
 PLAN := .venv-plan
 $(PLAN)/installed: pyproject.toml
 	$(PYTHON) -m venv $(PLAN)
-	$(PLAN)/bin/python -m pip install --quiet --editable ".[plan]" pytest
+	$(PLAN)/bin/python -m pip install --quiet --editable ".[plan]" pytest pytest-xdist
 	touch $@
 
 test-plan: $(PLAN)/installed
-	$(PLAN)/bin/python -m pytest -m plan tests/test_tpu_compile.py
+	$(PLAN)/bin/python -m pytest --numprocesses 2 --dist loadfile -m plan tests/cost_model tests/plan
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

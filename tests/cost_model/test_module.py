@@ -3,10 +3,10 @@
 import importlib.util
 import pathlib
 import re
-import subprocess
-import sys
 
+import plan_shapes
 import pytest
+import tpu_plans
 
 from jaxtune.cost_model.chips import CHIPS, Chip
 from jaxtune.cost_model.estimate import Estimate, estimate
@@ -17,21 +17,19 @@ pytestmark = [
     pytest.mark.plan,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxtune[plan]'"),
 ]
-TOOL = pathlib.Path(__file__).resolve().parents[2] / "tools" / "compile_for_tpu.py"
-
-# The tool's small Llama: layers, width, mlp, query and kv heads, head size, vocabulary; a row of 1,024 tokens; rank 16.
+# plan_shapes' small Llama: layers, width, mlp, query and kv heads, head size, vocabulary; tokens of a row; rank.
 L, D, F, N, K, H, V, T, R = 4, 512, 1024, 4, 2, 128, 4096, 1024, 16
 LAYER = 2 * D * N * H + 2 * D * K * H + 3 * D * F
 ADAPTERS = {"in": 7 * D * R, "out": R * (2 * N * H + 2 * K * H + 2 * F + F)}  # along the width, and the others
 ATTENTION = 0.5 * 2 * T * T * N * H  # one of its products in a layer
 
 
-def compile_small(folder: pathlib.Path, *words: str) -> str:
-    """Returns the optimized module of the small Llama's step, one row a chip."""
-    command = [sys.executable, str(TOOL), "--shape", "llama-small", "--length", str(T), "--rows", "1", *words]
-    done = subprocess.run([*command, "--hlo", str(folder / "hlo")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return (folder / "hlo").read_text()
+def compile_small(folder: pathlib.Path, topology: str, *words: str, rows: int) -> str:
+    """Returns the optimized module of the small Llama's step."""
+    own = (f"data.max_length={T}", f"train.batch_rows={rows}", "--topology", topology)
+    found = tpu_plans.plan(folder, plan_shapes.LLAMA, *words, *own)
+    assert found.code == 0, found.error[-2000:]
+    return found.module
 
 
 def estimate_of(text: str, chip: Chip, devices: int) -> Estimate:
@@ -40,14 +38,13 @@ def estimate_of(text: str, chip: Chip, devices: int) -> Estimate:
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compile_small(tmp_path_factory.mktemp("lora"), "--topology", "v5p:2x2x2", "model.remat=minimal")
+    return compile_small(tmp_path_factory.mktemp("lora"), "v5p-16", "model.remat=minimal", rows=8)
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compile_small(
-        tmp_path_factory.mktemp("full"), "--method", "full", "--topology", "v5e:4x4", "model.remat=minimal"
-    )
+    words = ("tuning.method=full", "model.remat=minimal")
+    return compile_small(tmp_path_factory.mktemp("full"), "v5e-16", *words, rows=16)
 
 
 def summed_cycles(text: str) -> int:
@@ -113,7 +110,7 @@ def test_what_is_kept_is_what_remat_names(lora: str, full: str, tmp_path: pathli
     kept = 2 * D + N * H + 2 * K * H + N * H + 2 * F  # in and mid, q, k and v, attention, gate and up
     for text in (lora, full):
         assert saved_bytes(parse(text)) == L * T * (2 * kept + 4 * N)  # and its log-sum-exp
-    again = compile_small(tmp_path, "--topology", "v5p:2x2x2", "model.remat=full")
+    again = compile_small(tmp_path, "v5p-16", "model.remat=full", rows=8)
     assert saved_bytes(parse(again)) == L * T * D * 2
     calls = estimate_of(again, CHIPS["TPU v5"], 8).kernels
     assert sorted(one.number for one in calls.values()) == [L, 2 * L], "the kernel there runs again on the way back"
