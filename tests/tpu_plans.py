@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,13 +17,18 @@ HLO = "step.optimized.hlo.txt"
 
 
 class Planned(NamedTuple):
-    """How a plan ended: exit code, what it printed, its JSON (empty where none was written), the optimized module."""
+    """How a plan ended: exit code, what it printed, its JSON (empty where none was written), the optimized module.
+
+    `began` and `ended`: seconds of one clock.
+    """
 
     code: int
     out: str
     error: str
     plan: dict[str, Any]
     module: str
+    began: float
+    ended: float
 
 
 def plan(folder: pathlib.Path, shape: dict[str, Any], *words: str) -> Planned:
@@ -30,13 +36,15 @@ def plan(folder: pathlib.Path, shape: dict[str, Any], *words: str) -> Planned:
     path = plan_shapes.write(folder / "model", shape)
     command = [sys.executable, "-m", "jaxtune.plan", f"model.path={path}", f"output={folder / 'out'}", *words]
     environment = os.environ | {"JAX_PLATFORMS": "rocm", "PYTHONPATH": str(REPOSITORY)}
+    began = time.monotonic()
     done = subprocess.run(
         [*command, "--json", str(folder / "plan.json"), "--hlo", str(folder)],
         capture_output=True, text=True, check=False, env=environment, cwd=folder,
     )  # fmt: skip
+    ended = time.monotonic()
     told = (folder / "plan.json").read_text()
     module = (folder / HLO).read_text() if (folder / HLO).exists() else ""
-    return Planned(done.returncode, done.stdout, done.stderr, json.loads(told) if told else {}, module)
+    return Planned(done.returncode, done.stdout, done.stderr, json.loads(told) if told else {}, module, began, ended)
 
 
 class Plans:
