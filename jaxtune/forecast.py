@@ -22,7 +22,7 @@ from jaxtune.batch import AnyBatch, Batch, PairBatch
 from jaxtune.blueprint import lengths
 from jaxtune.config import Config
 from jaxtune.cost_model.chips import Chip
-from jaxtune.cost_model.links import Network
+from jaxtune.cost_model.links import SLICE, Network
 from jaxtune.cost_model.traced import matmul_flops, residual_bytes
 from jaxtune.optimizer import make_optimizer
 from jaxtune.sharding import BATCH_AXES, parameter_spec
@@ -244,7 +244,8 @@ def _links(
 
     fsdp gathers weights in both passes and scatters gradients; data and slice add gradients up; tensor gathers and
     scatters the stream at both halves of a layer (Korthikanti et al. 2022, section 4.2.2), context gathers keys and
-    values, expert sends every token to its experts and back; each of these once more in the backward pass.
+    values, expert sends every token to its experts and back; each of these once more in the backward pass, and where
+    layers run again.
 
     Args:
         tokens: of a microbatch on one device, its share of the sequence by tensor not minded.
@@ -261,14 +262,28 @@ def _links(
     keys = 2 * getattr(model.config, "num_kv_heads", 0) * model.config.head_dim / width
     sent = {
         "slice": 2 * part("slice") * weights.gradients,
-        "fsdp": times * part("fsdp") * (passes * weights.gathered + weights.reduced),
+        "fsdp": times * part("fsdp") * (2 * weights.gathered + weights.reduced),
         "data": 2 * part("data") * weights.gradients,
         "tensor": times * part("tensor") * passes * 4 * stream,
         "context": times * sizes["context"] * part("context") * (passes + 1) * stream * keys,
         "expert": times * part("expert") * passes * 2 * stream * (experts.per_token if experts else 0),
     }
-    network = Network(chip, sizes)
+    network = Network(chip, sizes, _directions(sizes, chip))
     return {axis: size / network.bandwidth((axis,)) for axis, size in sent.items() if size}
+
+
+def _directions(sizes: Mapping[str, int], chip: Chip) -> dict[str, float]:
+    """Links of a chip that each axis uses, before anybody has laid the devices out: its share of the torus, by size.
+
+    Where the torus is large enough to be closed, every dimension has two.
+    """
+    devices = math.prod(size for axis, size in sizes.items() if axis != SLICE)
+    if not chip.dimensions or devices == 1:
+        return {}
+    dimensions = min(chip.dimensions, int(math.log2(devices)))
+    each = 2 if devices >= chip.ring**chip.dimensions else 1
+    share = {axis: math.log(size) / math.log(devices) for axis, size in sizes.items() if axis != SLICE and size > 1}
+    return {axis: each * max(1.0, round(dimensions * part)) for axis, part in share.items()}
 
 
 def _head(config: Config, model: assembly.ModelPlan, sizes: Mapping[str, int]) -> float:
