@@ -179,10 +179,21 @@ def test_a_cards_links_carry_weights_twice_and_gradients_once() -> None:
     assert forecast.links == {"fsdp": pytest.approx(sent / 450e9)}
 
 
-def test_a_torus_sends_both_ways() -> None:
-    found = forecaster("llama", "tuning.method=full", chip=CHIPS["TPU v5"], platform="tpu")
-    forecast = found.forecast(sizes(fsdp=4), rows=16, remat="none")
-    assert forecast.links == {"fsdp": pytest.approx(3 / 4 * 8 * parameters("llama") / (2 * 90e9))}
+@pytest.mark.parametrize(
+    ("split", "links"),
+    [
+        (sizes(fsdp=2), 1),
+        (sizes(fsdp=4), 2),  # 2 x 2
+        (sizes(fsdp=16), 3),  # no cube of 4: no rings
+        (sizes(fsdp=64), 6),  # rings in all three dimensions
+        (sizes(fsdp=4, data=16), 2),  # one of the three
+    ],
+)
+def test_chips_send_by_all_links_of_their_axis(split: dict[str, int], links: int) -> None:
+    found = forecaster("llama", "tuning.method=full", "train.batch_rows=64", chip=CHIPS["TPU v5"], platform="tpu")
+    forecast = found.forecast(split, rows=64, remat="none")
+    sent = (split["fsdp"] - 1) / split["fsdp"] * 8 * parameters("llama")  # bfloat16 twice, float32 once
+    assert forecast.links["fsdp"] == pytest.approx(sent / (links * 90e9))
 
 
 def test_slices_add_gradients_over_the_data_centre_network() -> None:
