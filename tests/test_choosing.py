@@ -245,16 +245,23 @@ def test_a_way_that_does_not_fit_gives_way_to_one_that_needs_less(
     words = ("data.max_length=256", "train.batch_rows=64", "train.microbatch_rows=auto", "model.remat=none")
     given = tiny_runs.config(base, data, base.parent / "out", *words, "data.window=512")
     hf_config = json.loads((base / "config.json").read_text())
-    whole = given.model_copy(update={"train": given.train.model_copy(update={"microbatch_rows": None})})
-    mesh = make_mesh(given.mesh.model_dump())
-    drawn = blueprint.draw(whole, hf_config, mesh, where="m", steps=1, sources=1)
-    needed = blueprint.memory_needed(blueprint.compile_update(drawn))
-    real = choosing.chip_of(jax.devices())
-    monkeypatch.setattr(choosing, "chip_of", lambda _: dataclasses.replace(real, memory=0.9 * needed))
+    model, settled = choosing.plan_model(given, hf_config, "cpu", "m")
+    real, sizes = choosing.chip_of(jax.devices()), choosing.given_sizes(given, 8)
+    whole = Forecaster(settled, model, real, "cpu").forecast(sizes, rows=64, remat="none")
+    tight = dataclasses.replace(real, memory=whole.memory / 0.85)
+    assert choosing.SURE * tight.memory < whole.memory < choosing.usable(tight.memory)
+    monkeypatch.setattr(choosing, "chip_of", lambda _: tight)
     fewer, said = chosen(given, hf_config)
     assert fewer is not None and fewer.rows < 64
     assert said[0] == "does not fit: fsdp 8, 64 rows at once, remat none"
-    assert said[-1].startswith("chosen: fsdp 8, ")
+    assert said[1].startswith(f"chosen: fsdp 8, {fewer.rows} rows at once, remat none; ")
+
+
+def test_what_needs_far_less_than_there_is_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blueprint, "compile_update", None)
+    monkeypatch.setattr(choosing, "chip_of", lambda _: H100)
+    choice, said = chosen(config("train.microbatch_rows=auto", "model.remat=full"), plan_shapes.LLAMA)
+    assert choice is not None and len(said) == 1 and said[0].startswith(f"chosen: {choice.describe()}; ")
 
 
 def test_a_device_too_small_for_anything_is_told(base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
