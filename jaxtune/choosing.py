@@ -4,6 +4,7 @@ All ways that divide are forecast (`forecast`) and ranked; the best are compiled
 taken. What was found is kept in the cache, by everything that decides it.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -140,19 +141,24 @@ def plan_model(
 
 
 def chip_of(devices: Sequence[Any]) -> Chip:
-    """Returns what one of these devices can do; one that is not known is taken to have the memory that it says."""
+    """Returns what one of these devices can do, with the memory that a GPU says it has.
+
+    Raises:
+        ValueError: neither the table nor the device knows its memory.
+    """
     device = devices[0]
-    if device.device_kind in CHIPS:
-        return CHIPS[device.device_kind]
     if device.platform == "cpu":
         return Chip(1e11, psutil.virtual_memory().total / len(devices), 1e10, None, link=1e10, dcn=1e9)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None:
+    # jax takes a part of a GPU's memory for itself, and says how much that is.
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform == "gpu" else None
+    known = CHIPS.get(device.device_kind)
+    if known is None and limit is None:
         raise ValueError(
             f"found {device.device_kind}, of which neither we nor its driver say how much memory it has; expected "
             "model.remat, train.microbatch_rows and mesh to be given for it"
         )
-    return Chip(3e14, float(limit), 2e12, None, link=3e11, dcn=2.5e10)
+    chip = known or Chip(3e14, 0.0, 2e12, None, link=3e11, dcn=2.5e10)
+    return dataclasses.replace(chip, memory=float(limit)) if limit is not None else chip
 
 
 def cache_key(config: Config, hf_config: Mapping[str, Any], kind: str, devices: int) -> str:
