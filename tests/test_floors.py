@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "rollbacks",
         "planned",
     ),
-    ("run_lock", "cost_model"),
+    ("run_lock", "cost_model", "compiler_options"),
     ("decode",),
     ("config", "config_data", "batch", "hub", "compat", "asking", "__init__"),
 )
