@@ -8,8 +8,13 @@ from jaxtune.config import Config
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether XLA ended a computation or a compilation for lack of device memory."""
+    """Returns whether XLA ended a computation or a compilation for lack of device memory.
+
+    A kernel that asks for more of a TPU's vector memory than an option allows it is not meant.
+    """
     text = str(error)
+    if "vmem" in text.lower():
+        return False
     return type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError") and (
         "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text
     )

@@ -161,8 +161,11 @@ def compile_plan(
     try:
         compiled = blueprint.compile_update(drawn)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, jax.errors.JaxRuntimeError):
             raise
+        if not is_out_of_memory(error):
+            told = str(error).splitlines()[0]
+            raise ValueError(f"the compiler refuses this update, not for its memory: {told}") from error
         facts |= {"memory": _memory_refused(drawn, str(error), chip), "problem": str(error).splitlines()[0]}
         return Plan(**facts, by="compiler", why=drawn.why_attention, compile_seconds=time.perf_counter() - start)
     seconds, text = time.perf_counter() - start, compiled.as_text() or ""
