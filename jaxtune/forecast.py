@@ -175,7 +175,8 @@ class Forecaster:
         sent = 2 * traced.away * config.train.batch_rows / split
         read = times * 3 * weights.gathered  # every pass reads all that a device computes with
         products = flops / (chip.peak * EFFICIENCY[self.platform])
-        computing = max(products, read / chip.bandwidth) + moved / chip.bandwidth
+        added = (times - 1) * 3 * weights.gradients  # a sum of gradients, read and written, and what is added
+        computing = max(products, read / chip.bandwidth) + (moved + added) / chip.bandwidth
         tokens = sum(lengths(config).values()) * rows / ways
         links = _links(config, model, sizes, weights, chip, tokens=tokens, times=times, recomputed=traced.recomputed)
         hidden = sum(links.get(axis, 0.0) for axis in HIDDEN)

@@ -16,7 +16,7 @@ from jaxtune.cost_model.chips import CHIPS
 from jaxtune.cost_model.topologies import Topology
 from jaxtune.forecast import Forecaster
 from jaxtune.plan import report
-from jaxtune.plan.costing import GPU_KINDS, Plan, compile_plan, forecast_plan
+from jaxtune.plan.costing import GPU_KINDS, HLO_FILE, Plan, compile_plan, forecast_plan
 from jaxtune.plan.devices import abstract_devices
 
 OVERRIDES = "overrides.yaml"
@@ -119,28 +119,44 @@ def _compiled(subject: _Subject, choice: Choice, *, hlo: str | None, console: Co
 
 
 def _best(subject: _Subject, ranked: list[Ranked], *, hlo: str | None, console: Console) -> tuple[Plan, Choice]:
-    """Compiles the best ways by forecast, then the winner with other options of the compiler; the fastest wins."""
+    """Compiles the best ways by forecast, then those with other options of the compiler; the fastest that fits wins."""
     if subject.topology.is_gpu:
         choice = ranked[0].choice
         return forecast_plan(choice.of(subject.config), subject.forecaster, subject.topology, ranked[0]), choice
     start = time.perf_counter()
-    waiting = [one.choice for one in choosing.different(ranked, choosing.TRIES - len(OPTIONS))]
+    waiting = [one.choice for one in choosing.different(ranked, choosing.TRIES // (1 + len(OPTIONS)))]
+    smaller = [one.choice for one in choosing.to_try(ranked) if one.choice not in waiting]
     results: list[tuple[Plan, Choice]] = []
     varied = False
-    while waiting:
+    while waiting and len(results) < choosing.TRIES:
         longest = max((plan.compile_seconds for plan, _ in results), default=0.0)
         if results and time.perf_counter() - start + longest > SEARCH_SECONDS:
             console.print(f"no time for {len(waiting)} more", highlight=False)
             break
-        choice = waiting.pop(0)
-        found = _compiled(subject, choice, hlo=hlo, console=console)
-        told = f"{found.seconds:.3f} s, {found.memory.total / report.GIB:.1f} GiB" if found.seconds else found.problem
-        console.print(f"compiled in {found.compile_seconds:.0f} s: {choice.describe()}: {told}", highlight=False)
-        results.append((found, choice))
+        results.append(_tried(subject, waiting.pop(0), results, hlo=hlo, console=console))
         if not waiting and not varied:
-            varied, fastest = True, min(results, key=_slowness)[1]
-            waiting = [fastest._replace(options=options) for options in OPTIONS]
+            fitting = sorted((one for one in results if one[0].fits), key=_slowness)
+            varied = bool(fitting)
+            waiting = [choice._replace(options=options) for _, choice in fitting for options in OPTIONS]
+            if not fitting and smaller:
+                waiting = [smaller.pop(0)]
     return min(results, key=_slowness)
+
+
+def _tried(
+    subject: _Subject, choice: Choice, before: list[tuple[Plan, Choice]], *, hlo: str | None, console: Console
+) -> tuple[Plan, Choice]:
+    """Compiles one way and says what came of it; `hlo` keeps the module of the best so far."""
+    aside = epath.Path(hlo) / "tried" if hlo is not None else None
+    found = _compiled(subject, choice, hlo=str(aside) if aside is not None else None, console=console)
+    told = f"{found.seconds:.3f} s, {found.memory.total / report.GIB:.1f} GiB" if found.seconds else found.problem
+    console.print(f"compiled in {found.compile_seconds:.0f} s: {choice.describe()}: {told}", highlight=False)
+    result = (found, choice)
+    if aside is not None and aside.exists():
+        if min([*before, result], key=_slowness) is result:
+            (aside / HLO_FILE).rename(epath.Path(hlo or "") / HLO_FILE)
+        aside.rmtree()
+    return result
 
 
 def _slowness(result: tuple[Plan, Choice]) -> tuple[bool, float]:
