@@ -22,8 +22,9 @@ from jaxtune.plan.devices import abstract_devices
 OVERRIDES = "overrides.yaml"
 SHOWN = 10  # ways that a search lists
 SEARCH_SECONDS = 540.0  # in which a search may begin to compile another way
-# Options of the TPU's compiler that are worth trying, the best found first; docs/performance.md has what each gave.
+# Options of the TPU's compiler that are worth trying (docs/performance.md has what they gave); with them it takes longer.
 OPTIONS = ({"xla_tpu_scoped_vmem_limit_kib": 65536},)
+SLOWER = 2.0
 
 
 class _Subject(NamedTuple):
@@ -130,7 +131,8 @@ def _best(subject: _Subject, ranked: list[Ranked], *, hlo: str | None, console: 
     varied = False
     while waiting and len(results) < choosing.TRIES:
         longest = max((plan.compile_seconds for plan, _ in results), default=0.0)
-        if results and time.perf_counter() - start + longest > SEARCH_SECONDS:
+        needed = longest * (SLOWER if waiting[0].options else 1.0)
+        if results and time.perf_counter() - start + needed > SEARCH_SECONDS:
             console.print(f"no time for {len(waiting)} more", highlight=False)
             break
         results.append(_tried(subject, waiting.pop(0), results, hlo=hlo, console=console))
