@@ -22,7 +22,7 @@ from jaxtune.plan.devices import abstract_devices
 OVERRIDES = "overrides.yaml"
 SHOWN = 10  # ways that a search lists
 SEARCH_SECONDS = 540.0  # in which a search may begin to compile another way
-# Options of the TPU's compiler that are worth trying (docs/performance.md has what they gave); with them it takes longer.
+# Options of the TPU's compiler worth trying (docs/performance.md has what they gave); with them it takes longer.
 OPTIONS = ({"xla_tpu_scoped_vmem_limit_kib": 65536},)
 SLOWER = 2.0
 
