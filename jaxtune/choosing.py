@@ -21,7 +21,7 @@ from jaxtune.config import Config
 from jaxtune.cost_model.chips import CHIPS, Chip
 from jaxtune.forecast import OFFLOAD, SLACK, Forecast, Forecaster
 from jaxtune.memory import memory_explained
-from jaxtune.sharding import BATCH_AXES, MESH_AXES, make_mesh
+from jaxtune.sharding import BATCH_AXES, make_mesh, mesh_sizes
 
 GIB = 2**30
 REMATS = ("none", "minimal", "dots", "mid", "full", "offload")
@@ -107,7 +107,9 @@ def choose(
         say(f"chosen by a search before: {known.describe()}")
         return known
     chip = chip_of(devices)
-    ranked = rank(Forecaster(config, model, chip, platform), devices=len(devices), left=left, memory=chip.memory)
+    kind = devices[0].device_kind
+    forecaster = Forecaster(config, model, chip, platform)
+    ranked = rank(forecaster, devices=len(devices), left=left, memory=chip.memory, kind=kind)
     problem: ValueError | None = None
     for choice, forecast in to_try(ranked):
         room = f"{forecast.memory / GIB:.1f} of {chip.memory / GIB:.1f} GiB a device expected"
@@ -202,19 +204,26 @@ def recall(key: str) -> Choice | None:
         return None
 
 
-def rank(forecaster: Forecaster, *, devices: int, left: frozenset[str], memory: float) -> list[Ranked]:
+def rank(
+    forecaster: Forecaster, *, devices: int, left: frozenset[str], memory: float, kind: str = "such"
+) -> list[Ranked]:
     """Returns every way that divides, those that should fit first, and of these the fastest first.
 
     Args:
         devices: of the whole run.
         left: what may be chosen, as `open_keys` says; the rest is as the configuration has it.
         memory: bytes of a device that may be used.
+        kind: what to call the devices in errors.
 
     Raises:
-        ValueError: nothing divides.
+        ValueError: nothing divides, or the mesh that is given does not make so many devices.
     """
     config, found = forecaster.config, []
-    meshes = list(_meshes(forecaster, devices)) if "mesh" in left else [given_sizes(config, devices)]
+    meshes = (
+        list(_meshes(forecaster, devices))
+        if "mesh" in left
+        else [mesh_sizes(config.mesh.model_dump(), devices, kind=kind)]
+    )
     remats = [name for name in REMATS if name != OFFLOAD or forecaster.platform != "cpu"]  # a CPU is its own host
     remats = remats if "remat" in left else [config.model.remat]
     for sizes in meshes:
@@ -260,13 +269,6 @@ def _merit(one: Ranked, limit: float) -> tuple[float, ...]:
     beyond = max(0.0, one.forecast.memory - limit)
     split = sum(size > 1 for size in one.choice.sizes.values())
     return (beyond, round(one.forecast.seconds, 9), split, one.forecast.memory)
-
-
-def given_sizes(config: Config, devices: int) -> dict[str, int]:
-    """Returns the sizes that a configuration gives its axes, with -1 filled in."""
-    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    return {axis: max(devices // fixed, 1) if size == -1 else size for axis, size in sizes.items()}
 
 
 def _meshes(forecaster: Forecaster, devices: int) -> Iterator[dict[str, int]]:

@@ -59,20 +59,35 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_sizes(sizes, len(devices), kind=devices[0].device_kind)
+    array = _device_array(tuple(shape.values()), devices)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_sizes(sizes: Mapping[str, int], devices: int, *, kind: str) -> dict[str, int]:
+    """Returns the size of every axis, one that is -1 filled in.
+
+    Args:
+        sizes: as `make_mesh` takes them.
+        devices: how many there are.
+        kind: what to call them in errors.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
     shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     fixed = math.prod(size for size in shape.values() if size != -1)
     free = [axis for axis, size in shape.items() if size == -1]
-    if len(devices) % fixed or (not free and fixed != len(devices)):
+    if devices % fixed or (not free and fixed != devices):
         asked = ", ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1)
         raise ValueError(
             f"mesh: found {asked or 'size 1 on every axis'}, which {'divides into' if free else 'makes'} {fixed} "
-            f"devices, but {len(devices)} {devices[0].device_kind} device(s) are here; expected sizes whose product "
-            f"is {len(devices)}. Set one axis to -1 (mesh.fsdp=-1) to take all that are left."
+            f"devices, but {devices} {kind} device(s) are here; expected sizes whose product is {devices}. Set one "
+            "axis to -1 (mesh.fsdp=-1) to take all that are left."
         )
     for axis in free:
-        shape[axis] = len(devices) // fixed
-    array = _device_array(tuple(shape.values()), devices)
-    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        shape[axis] = devices // fixed
+    return shape
 
 
 def _device_array(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxtune.config import Config
 from jaxtune.cost_model.chips import CHIPS
 from jaxtune.decode import decode
 from jaxtune.forecast import Forecast, Forecaster
-from jaxtune.sharding import BATCH_AXES, MESH_AXES, make_mesh
+from jaxtune.sharding import BATCH_AXES, MESH_AXES, make_mesh, mesh_sizes
 from jaxtune.train import main
 
 OPEN = ("mesh=auto", "train.microbatch_rows=auto")
@@ -246,7 +246,7 @@ def test_a_way_that_does_not_fit_gives_way_to_one_that_needs_less(
     given = tiny_runs.config(base, data, base.parent / "out", *words, "data.window=512")
     hf_config = json.loads((base / "config.json").read_text())
     model, settled = choosing.plan_model(given, hf_config, "cpu", "m")
-    real, sizes = choosing.chip_of(jax.devices()), choosing.given_sizes(given, 8)
+    real, sizes = choosing.chip_of(jax.devices()), mesh_sizes(given.mesh.model_dump(), 8, kind="cpu")
     whole = Forecaster(settled, model, real, "cpu").forecast(sizes, rows=64, remat="none")
     tight = dataclasses.replace(real, memory=whole.memory / 0.85)
     assert choosing.SURE * tight.memory < whole.memory < choosing.usable(tight.memory)

@@ -372,3 +372,9 @@ def test_a_run_on_other_devices_says_that_it_is_not_compared(
     assert "this run had 8 x cpu with 512: not compared" in told
     assert (tmp_path / "out/plan.json").read_text() == plan
     assert math.isfinite(json.loads(plan)["seconds_per_update"])
+
+
+def test_a_mesh_that_does_not_make_the_cards_is_refused(small: list[str]) -> None:
+    done = run(*small, "mesh.tensor=3", "--topology", "h100-8")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: mesh: found fsdp=-1, tensor=3, which divides into 3 devices, but 8 h100")

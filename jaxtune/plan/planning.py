@@ -95,7 +95,8 @@ def _subject(config: Config, topology: Topology) -> _Subject:
 
 def _ranked(subject: _Subject, left: frozenset[str]) -> list[Ranked]:
     memory = subject.forecaster.chip.memory
-    return choosing.rank(subject.forecaster, devices=subject.topology.devices, left=left, memory=memory)
+    topology = subject.topology
+    return choosing.rank(subject.forecaster, devices=topology.devices, left=left, memory=memory, kind=topology.kind)
 
 
 def _plan(subject: _Subject, *, hlo: str | None, console: Console) -> Plan:
