@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +89,8 @@ class Stubs:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell that runs the tests in the background has them ignore Ctrl-C, which bash cannot undo.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_until_asleep(self, process: subprocess.Popen[str]) -> None:
