@@ -79,6 +79,25 @@ value_of() {
   if [ "$2" -lt 2 ] || [ -z "$3" ]; then usage_error "$1 needs a value"; fi
 }
 
+# read_words WORD...: the script's own take_flag and take_value hear its options, each returning 1 for one that it has
+# not; what is no option goes to REST.
+# shellcheck disable=SC2034  # it is read where this file is sourced
+read_words() {
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    esac
+    case $1 in
+      --dry-run) DRY_RUN=yes && shift && continue ;;
+      --*) if take_flag "$1"; then shift && continue; fi ;;
+      *) REST+=("$1") && shift && continue ;;
+    esac
+    value_of "$1" $# "${2:-}"
+    take_value "$1" "$2" || usage_error "$1 is no option"
+    shift 2
+  done
+}
+
 whole_number() {
   case $2 in '' | *[!0-9]*) usage_error "$1: found '$2'; expected a whole number" ;; esac
 }

@@ -12,7 +12,22 @@ set -euo pipefail
 # shellcheck source=cloud/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
-IMAGE='' PUSH=no PLATFORM=linux/amd64
+IMAGE='' PUSH=no PLATFORM=linux/amd64 REST=()
+
+take_flag() {
+  case $1 in
+    --push) PUSH=yes ;;
+    *) return 1 ;;
+  esac
+}
+
+take_value() {
+  case $1 in
+    --image) IMAGE=$2 ;;
+    --platform) PLATFORM=$2 ;;
+    *) return 1 ;;
+  esac
+}
 
 main() {
   local kind=${1:-} root
@@ -22,19 +37,8 @@ main() {
     tpu | cuda) shift ;;
     *) usage_error "$kind: expected tpu or cuda" ;;
   esac
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    case $1 in
-      --push) PUSH=yes && shift && continue ;;
-      --dry-run) DRY_RUN=yes && shift && continue ;;
-      --image | --platform) value_of "$1" $# "${2:-}" ;;
-      *) usage_error "$1 is no option" ;;
-    esac
-    if [ "$1" = --image ]; then IMAGE=$2; else PLATFORM=$2; fi
-    shift 2
-  done
+  read_words "$@"
+  [ "${#REST[@]}" -eq 0 ] || usage_error "${REST[0]} is no option"
   [ -n "$IMAGE" ] || usage_error "--image is missing: REGISTRY/NAME:TAG"
   need docker
   root=$(cd "$CLOUD/.." && pwd)

@@ -64,36 +64,35 @@ main() {
   "command_${command//-/_}"
 }
 
+take_flag() {
+  case $1 in
+    --spot) SPOT=yes ;;
+    --delete-when-done) DELETE_WHEN_DONE=yes ;;
+    *) return 1 ;;
+  esac
+}
+
+take_value() {
+  case $1 in
+    --name) NAME=$2 ;;
+    --tpu) TPU=$2 ;;
+    --image) IMAGE=$2 ;;
+    --slices) SLICES=$2 ;;
+    --restarts) RESTARTS=$2 ;;
+    --grace) GRACE=$2 ;;
+    --namespace) NAMESPACE=$2 ;;
+    --poll) POLL=$2 ;;
+    --cluster) CLUSTER=$2 ;;
+    --location) LOCATION=$2 ;;
+    --project) PROJECT=$2 ;;
+    --context) KUBECTL+=("--context=$2") ;;
+    --queue | --service-account | --secret) OPTIONAL+=("$1=$2") ;;
+    *) return 1 ;;
+  esac
+}
+
 read_options() {
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    case $1 in
-      --spot) SPOT=yes && shift && continue ;;
-      --delete-when-done) DELETE_WHEN_DONE=yes && shift && continue ;;
-      --dry-run) DRY_RUN=yes && shift && continue ;;
-      --*) value_of "$1" $# "${2:-}" ;;
-      *) REST+=("$1") && shift && continue ;;
-    esac
-    case $1 in
-      --name) NAME=$2 ;;
-      --tpu) TPU=$2 ;;
-      --image) IMAGE=$2 ;;
-      --slices) SLICES=$2 ;;
-      --restarts) RESTARTS=$2 ;;
-      --grace) GRACE=$2 ;;
-      --namespace) NAMESPACE=$2 ;;
-      --poll) POLL=$2 ;;
-      --cluster) CLUSTER=$2 ;;
-      --location) LOCATION=$2 ;;
-      --project) PROJECT=$2 ;;
-      --context) KUBECTL+=("--context=$2") ;;
-      --queue | --service-account | --secret) OPTIONAL+=("$1=$2") ;;
-      *) usage_error "$1 is no option" ;;
-    esac
-    shift 2
-  done
+  read_words "$@"
   plain_name --name "$NAME"
   whole_number --slices "$SLICES"
   whole_number --restarts "$RESTARTS"

@@ -37,28 +37,27 @@ main() {
   "command_$command"
 }
 
+take_flag() {
+  case $1 in
+    --spot) FLAGS+=("$1") ;;
+    *) return 1 ;;
+  esac
+}
+
+take_value() {
+  case $1 in
+    --name) NAME=$2 ;;
+    --tpu | --gpus | --nodes | --infra) FLAGS+=("$1=$2") ;;
+    --env)
+      [ -n "${!2:-}" ] || usage_error "--env $2: that variable is not set here"
+      ENVIRONMENT+=(--env "$2") # its value is read by sky, and not printed
+      ;;
+    *) return 1 ;;
+  esac
+}
+
 read_options() {
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    case $1 in
-      --spot) FLAGS+=("$1") && shift && continue ;;
-      --dry-run) DRY_RUN=yes && shift && continue ;;
-      --*) value_of "$1" $# "${2:-}" ;;
-      *) REST+=("$1") && shift && continue ;;
-    esac
-    case $1 in
-      --name) NAME=$2 ;;
-      --tpu | --gpus | --nodes | --infra) FLAGS+=("$1=$2") ;;
-      --env)
-        [ -n "${!2:-}" ] || usage_error "--env $2: that variable is not set here"
-        ENVIRONMENT+=(--env "$2") # its value is read by sky, and not printed
-        ;;
-      *) usage_error "$1 is no option" ;;
-    esac
-    shift 2
-  done
+  read_words "$@"
   plain_name --name "$NAME"
 }
 

@@ -40,30 +40,25 @@ main() {
   "command_$command"
 }
 
+take_flag() { return 1; }
+
+take_value() {
+  case $1 in
+    --name) NAME=$2 ;;
+    --nodes) NODES=$2 ;;
+    --gpus) GPUS=$2 ;;
+    --time) TIME=$2 ;;
+    --grace) GRACE=$2 ;;
+    --restarts) RESTARTS=$2 ;;
+    --python) PYTHON=$2 ;;
+    --logs) LOGS=$2 ;;
+    --sbatch) FLAGS+=("$2") ;;
+    *) return 1 ;;
+  esac
+}
+
 read_options() {
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    case $1 in
-      --dry-run) DRY_RUN=yes && shift && continue ;;
-      --*) value_of "$1" $# "${2:-}" ;;
-      *) REST+=("$1") && shift && continue ;;
-    esac
-    case $1 in
-      --name) NAME=$2 ;;
-      --nodes) NODES=$2 ;;
-      --gpus) GPUS=$2 ;;
-      --time) TIME=$2 ;;
-      --grace) GRACE=$2 ;;
-      --restarts) RESTARTS=$2 ;;
-      --python) PYTHON=$2 ;;
-      --logs) LOGS=$2 ;;
-      --sbatch) FLAGS+=("$2") ;;
-      *) usage_error "$1 is no option" ;;
-    esac
-    shift 2
-  done
+  read_words "$@"
   plain_name --name "$NAME"
   whole_number --nodes "$NODES"
   whole_number --grace "$GRACE"

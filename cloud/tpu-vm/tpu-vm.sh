@@ -79,35 +79,34 @@ main() {
   "command_$command"
 }
 
+take_flag() {
+  case $1 in
+    --spot | --reserved) CREATE_FLAGS+=("$1") ;;
+    --delete-when-done) DELETE_WHEN_DONE=yes ;;
+    *) return 1 ;;
+  esac
+}
+
+take_value() {
+  case $1 in
+    --name) NAME=$2 ;;
+    --tpu) TPU=$2 ;;
+    --zone) ZONE=$2 ;;
+    --project) PROJECT=$2 ;;
+    --slices) SLICES=$2 ;;
+    --wait) WAIT=$2 ;;
+    --restarts) RESTARTS=$2 ;;
+    --poll) POLL=$2 ;;
+    --package) PACKAGE=$2 ;;
+    --runtime) RUNTIME=$2 ;;
+    --env) ENVIRONMENT+=("$2") ;;
+    --gcloud) CREATE_FLAGS+=("$2") ;;
+    *) return 1 ;;
+  esac
+}
+
 read_options() {
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    case $1 in
-      --spot | --reserved) CREATE_FLAGS+=("$1") && shift && continue ;;
-      --delete-when-done) DELETE_WHEN_DONE=yes && shift && continue ;;
-      --dry-run) DRY_RUN=yes && shift && continue ;;
-      --*) value_of "$1" $# "${2:-}" ;;
-      *) REST+=("$1") && shift && continue ;;
-    esac
-    case $1 in
-      --name) NAME=$2 ;;
-      --tpu) TPU=$2 ;;
-      --zone) ZONE=$2 ;;
-      --project) PROJECT=$2 ;;
-      --slices) SLICES=$2 ;;
-      --wait) WAIT=$2 ;;
-      --restarts) RESTARTS=$2 ;;
-      --poll) POLL=$2 ;;
-      --package) PACKAGE=$2 ;;
-      --runtime) RUNTIME=$2 ;;
-      --env) ENVIRONMENT+=("$2") ;;
-      --gcloud) CREATE_FLAGS+=("$2") ;;
-      *) usage_error "$1 is no option" ;;
-    esac
-    shift 2
-  done
+  read_words "$@"
   plain_name --name "$NAME"
   [ -n "$ZONE" ] || usage_error "--zone is missing (or CLOUDSDK_COMPUTE_ZONE)"
   [ -n "$PROJECT" ] || usage_error "--project is missing (or CLOUDSDK_CORE_PROJECT)"
