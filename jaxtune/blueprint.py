@@ -15,6 +15,7 @@ from jaxtune import assembly
 from jaxtune.batch import AnyBatch, Batch, PairBatch
 from jaxtune.config import Config
 from jaxtune.config_data import PAIR_LENGTHS
+from jaxtune.memory import OutOfMemory
 from jaxtune.optimizer import make_optimizer
 from jaxtune.sharding import batch_sharding, check_batch, check_length, own_shape, parameter_shardings
 from jaxtune.step import Compute, TrainState, compile_train_step, initial_state, make_train_step, state_shardings
@@ -90,16 +91,30 @@ def draw(
 
 
 def compile_update(blueprint: Blueprint, state: Any = None, frozen: Any = None) -> jax.stages.Compiled:
-    """Compiles the update; for arrays that are there already, their dtypes decide (`model.param_dtype=file`)."""
-    with jax.set_mesh(blueprint.mesh):  # tracing only: nothing runs, so the devices may be absent
-        return compile_train_step(
-            blueprint.update,
-            blueprint.state if state is None else state,
-            blueprint.frozen if frozen is None else frozen,
-            blueprint.batch,
-            device_kind=blueprint.device_kind,
-            options=blueprint.config.train.compiler_options,
-        )
+    """Compiles the update; for arrays that are there already, their dtypes decide (`model.param_dtype=file`).
+
+    Raises:
+        ValueError: an option of `train.compiler_options` that the compiler does not have or take.
+    """
+    options = blueprint.config.train.compiler_options
+    try:
+        with jax.set_mesh(blueprint.mesh):  # tracing only: nothing runs, so the devices may be absent
+            return compile_train_step(
+                blueprint.update,
+                blueprint.state if state is None else state,
+                blueprint.frozen if frozen is None else frozen,
+                blueprint.batch,
+                device_kind=blueprint.device_kind,
+                options=options,
+            )
+    except jax.errors.JaxRuntimeError as error:
+        if not options or not any(name in str(error) for name in options):
+            raise
+        told = str(error).splitlines()[0]
+        raise ValueError(
+            f"train.compiler_options: found {options}; the compiler says {told!r}; expected options that XLA has for "
+            f"{blueprint.device_kind}"
+        ) from None
 
 
 def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -121,13 +136,13 @@ def lengths(config: Config) -> dict[str, int]:
 
 
 def check_memory(compiled: jax.stages.Compiled, limit: float) -> None:
-    """Raises ValueError when a compiled update needs more than `limit` bytes of a device.
+    """Raises OutOfMemory when a compiled update needs more than `limit` bytes of a device.
 
     A TPU's compiler refuses by itself; other compilers leave it to the run to fail.
     """
     needed = memory_needed(compiled)
     if needed > limit:
-        raise ValueError(f"the update needs {needed / 2**30:.1f} GiB of a device that has {limit / 2**30:.1f}")
+        raise OutOfMemory(f"the update needs {needed / 2**30:.1f} GiB of a device that has {limit / 2**30:.1f}")
 
 
 def memory_needed(compiled: jax.stages.Compiled) -> int:

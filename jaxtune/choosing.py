@@ -20,7 +20,7 @@ from jaxtune import assembly, blueprint, hub
 from jaxtune.config import Config
 from jaxtune.cost_model.chips import CHIPS, Chip
 from jaxtune.forecast import OFFLOAD, SLACK, Forecast, Forecaster
-from jaxtune.memory import memory_explained
+from jaxtune.memory import OutOfMemory, memory_explained
 from jaxtune.sharding import BATCH_AXES, make_mesh, mesh_sizes
 
 GIB = 2**30
@@ -110,7 +110,7 @@ def choose(
     kind = devices[0].device_kind
     forecaster = Forecaster(config, model, chip, platform)
     ranked = rank(forecaster, devices=len(devices), left=left, memory=chip.memory, kind=kind)
-    problem: ValueError | None = None
+    problem: OutOfMemory | None = None
     for choice, forecast in to_try(ranked):
         room = f"{forecast.memory / GIB:.1f} of {chip.memory / GIB:.1f} GiB a device expected"
         if forecast.memory <= SURE * chip.memory:
@@ -122,7 +122,7 @@ def choose(
         try:
             with memory_explained(settled, None):
                 blueprint.check_memory(blueprint.compile_update(drawn), chip.memory)
-        except ValueError as error:
+        except OutOfMemory as error:
             say(f"does not fit: {choice.describe()}")
             problem = error
             continue

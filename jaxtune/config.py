@@ -188,6 +188,8 @@ class Config(Section):
     @field_validator("mesh", mode="before")
     @classmethod
     def _whole_mesh(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f"mesh: found {value!r}; expected auto, or sizes of axes, e.g. mesh.fsdp=-1")
         return {"auto": True} if value == "auto" else value
 
     @model_validator(mode="after")

@@ -7,6 +7,10 @@ from typing import Any
 from jaxtune.config import Config
 
 
+class OutOfMemory(ValueError):
+    """A device has too little memory; the message says what helps."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether XLA ended a computation or a compilation for lack of device memory.
 
@@ -22,13 +26,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_explained(config: Config, analysis: Any) -> Iterator[None]:
-    """Turns XLA's out-of-memory error into a ValueError that says what filled the device and what helps."""
+    """Turns XLA's out-of-memory error into an `OutOfMemory` that says what filled the device and what helps."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(explain_out_of_memory(config, analysis, error)) from None
+        raise OutOfMemory(explain_out_of_memory(config, analysis, error)) from None
 
 
 def explain_out_of_memory(config: Config, analysis: Any, error: BaseException) -> str:

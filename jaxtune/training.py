@@ -73,7 +73,6 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     blueprint.check_rows(config, mesh)
     with hosts.together():
         inputs, config = open_inputs(config, str(folder.local), terminal)
-    blueprint.check_lengths(config, mesh)
     agreement.check_inputs(inputs.base.fingerprint, {"data": inputs.stream, "evaluation": inputs.eval_stream})
 
     checkpoints = _open_checkpoints(config, folder, terminal)

@@ -121,6 +121,7 @@ def test_the_mesh_can_be_left_to_choose():
     assert config.mesh.auto
     assert from_tree(config.model_dump()) == config
     assert "mesh: found auto beside sizes" in problems("mesh.auto=true", "mesh.tensor=2")[0]
+    assert "mesh: found 'autoo'; expected auto, or sizes of axes" in problems("mesh=autoo")[0]
 
 
 def test_rows_at_once_are_the_whole_batch_until_they_are_chosen():

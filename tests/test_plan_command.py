@@ -378,3 +378,15 @@ def test_a_mesh_that_does_not_make_the_cards_is_refused(small: list[str]) -> Non
     done = run(*small, "mesh.tensor=3", "--topology", "h100-8")
     assert done.returncode == 1
     assert done.stderr.startswith("error: mesh: found fsdp=-1, tensor=3, which divides into 3 devices, but 8 h100")
+
+
+def test_a_file_for_what_no_search_finds_is_refused(small: list[str], tmp_path: pathlib.Path) -> None:
+    done = run(*small, "--topology", "h100-8", "--overrides", tmp_path / "o.yaml")
+    assert done.returncode == 2
+    assert "found --overrides without --search" in done.stderr
+
+
+def test_an_output_that_cannot_be_made_is_told_before_the_plan(llama: str) -> None:
+    done = run(llama, "output=/dev/null/x", "train.batch_rows=16", "--topology", "h100-8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "/dev/null/x" in done.stderr

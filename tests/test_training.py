@@ -461,3 +461,10 @@ def test_other_data_is_gone_on_with_only_when_told(base, data, more_data, tmp_pa
     assert [record["step"] for record in tiny_runs.records(output) if "loss" in record] == list(range(1, 8))
     again = train(tiny_runs.config(base, more_data, output, *other, "train.steps=9"))  # now this is the run's data
     assert again.step == 9
+
+
+def test_an_option_that_the_compiler_does_not_have_is_told_by_its_key(tmp_path):
+    base = tiny_runs.write_model(tmp_path / "base")
+    data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(8))
+    with pytest.raises(ValueError, match=r"train\.compiler_options: found .*xla_nope.*No such compile option"):
+        train(tiny_runs.config(base, data, tmp_path / "out", "train.steps=1", "train.compiler_options={xla_nope: 1}"))

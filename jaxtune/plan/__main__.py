@@ -105,6 +105,8 @@ def _price(path: str | None, topology: Topology) -> float | None:
 def _check_flags(flags: argparse.Namespace, topology: Topology) -> None:
     if flags.compare and flags.search:
         raise ValueError("found --compare and --search; expected one of the two")
+    if flags.overrides and not flags.search:
+        raise ValueError("found --overrides without --search, which alone finds something to write there")
     if flags.hlo and (flags.compare or topology.is_gpu):
         what = "--compare" if flags.compare else f"a GPU ({topology.name}), for which nothing is compiled"
         raise ValueError(f"found --hlo with {what}; expected it with one plan for a TPU")

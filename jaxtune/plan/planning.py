@@ -83,7 +83,8 @@ def search(config: Config, topology: Topology, *, price: float | None, hlo: str 
 
 
 def _subject(config: Config, topology: Topology) -> _Subject:
-    """Reads config.json, and finds the devices to compile for."""
+    """Reads config.json, finds the devices to compile for, and makes OUTPUT: better now than when the plan is made."""
+    epath.Path(config.output).mkdir(parents=True, exist_ok=True)
     where = hub.resolve_config(config.model.path, config.model.revision)
     hf_config = read_config(where)
     platform = "gpu" if topology.is_gpu else "tpu"
@@ -199,6 +200,5 @@ def _told(one: Ranked, subject: _Subject) -> str:
 def _keep(plan: Plan, console: Console) -> None:
     """Writes OUTPUT/plan.json, which a run in that folder compares itself with."""
     folder = epath.Path(plan.config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / planned.FILE).write_text(json.dumps(report.as_json(plan), indent=1) + "\n")
     console.print(f"wrote {folder / planned.FILE}", highlight=False)
