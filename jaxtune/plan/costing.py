@@ -108,6 +108,12 @@ class Plan:
         return self.forecast.seconds if self.forecast is not None and self.by == "forecast" else None
 
     @property
+    def flops(self) -> float | None:
+        """Computed in an update by all devices, what is computed again counted too; None where the compiler refused."""
+        by_one = self.estimate or self.forecast
+        return by_one.flops * self.devices if by_one is not None else None
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Of all devices together."""
         return self.tokens / self.seconds if self.seconds else None

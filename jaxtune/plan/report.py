@@ -41,6 +41,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "host_memory_bytes": memory.host,
         "limited_by": limited_by(plan),
         "model_flops": plan.model_flops,
+        "flops": plan.flops,
         "seconds_per_update": plan.seconds,
         "tokens_per_second": plan.tokens_per_second,
         "mfu": plan.mfu,
@@ -54,7 +55,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         told |= _of_estimate(plan)
     if plan.forecast is not None:
         told["links_seconds"] = plan.forecast.links
-        told["flops"] = plan.forecast.flops * plan.devices
     return told
 
 
@@ -64,7 +64,6 @@ def _of_estimate(plan: Plan) -> dict[str, Any]:
     assert estimate is not None and clock is not None
     per_chip = plan.tokens / plan.devices
     return {
-        "flops": estimate.flops * plan.devices,
         "cycles": estimate.cycles,
         "megacycles_per_token": estimate.cycles / per_chip / 1e6,
         "exposed_seconds": estimate.exposed,
@@ -152,12 +151,9 @@ def _verdict(plan: Plan) -> str:
 def _times(plan: Plan) -> str:
     seconds, rate, mfu = plan.seconds, plan.tokens_per_second, plan.mfu
     assert seconds is not None and rate is not None and mfu is not None
-    done = plan.estimate.flops * plan.devices if plan.estimate else (plan.forecast.flops if plan.forecast else 0)
-    if plan.forecast is not None:
-        done *= plan.devices
     lines = [
         f"{seconds:.3f} s an update; {rate:,.0f} tokens/s, {rate / plan.topology.chips:,.0f} a chip; MFU {mfu:.1%}",
-        f"FLOPs of an update: {plan.model_flops:.3e} of the model, {done:.3e} computed",
+        f"FLOPs of an update: {plan.model_flops:.3e} of the model, {plan.flops:.3e} computed",
     ]
     if plan.hours is not None:
         cost = f", costs {plan.cost:,.2f} at {plan.price:g} a chip and hour" if plan.cost is not None else ""
