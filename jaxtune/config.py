@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxtune.config_data import DataConfig, Fraction, Positive, Section, problems_of_data
+from jaxtune.config_data import DataConfig, problems_of_data
+from jaxtune.config_section import Fraction, Positive, Section
 
 
 class ModelConfig(Section):

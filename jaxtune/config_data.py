@@ -3,18 +3,13 @@
 from collections.abc import Set
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from jaxtune.config_quality import DecontaminateConfig, Dedup, QualityConfig
+from jaxtune.config_section import Fraction, Positive, Section
+
 # Of an encoder-decoder's rows where the configuration says nothing: encoder and decoder, as FLAN-T5 was tuned.
 PAIR_LENGTHS = (2048, 512)
-
-
-class Section(BaseModel):
-    """A frozen group of keys; unknown keys are errors and no value changes its type silently."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class MixingConfig(Section):
@@ -190,6 +185,16 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate_turns", "truncate_right", "split", "error"] = "drop"
     on_bad_row: Literal["error", "skip", "quarantine"] = "error"
     max_lost: Fraction | None = Field(None, description="stop when a larger share of tokens than this is lost")
+    quality: QualityConfig = QualityConfig()
+    dedup: Dedup = Field(
+        "keep",
+        description="exact: of rows whose texts are the same but for case and white space, one is trained on; near: "
+        "and of those that are nearly the same",
+    )
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    verdicts: str | None = Field(
+        None, description="file of verdicts saved from audit.html: rows dropped, or corrected, by hand"
+    )
     window: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = Field(
         "auto", description="draws packed together (W); auto makes about 64 rows of them, 256 to 4096 draws"
     )

@@ -17,7 +17,8 @@ import tiny_runs
 from jaxtune import config as config_module
 from jaxtune import loop
 from jaxtune.config import Config
-from jaxtune.config_data import Section, SourceConfig
+from jaxtune.config_data import SourceConfig
+from jaxtune.config_section import Section
 from jaxtune.decode import ConfigError, decode, describe_keys, from_tree, json_schema, read_yaml, to_yaml
 from jaxtune.train import train
 

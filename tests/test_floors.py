@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("step", "router_loss", "adapters", "decoding"),
     ("models",),
     ("data",),
+    ("data.quality",),
     ("data.wording",),
     ("data.chat", "data.layouts", "data.files", "data.mixing"),
     ("data.reasoning", "data.tool_calls"),
@@ -48,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("run_lock", "cost_model", "compiler_options"),
     ("decode",),
-    ("config", "config_data", "batch", "hub", "compat", "asking", "__init__"),
+    ("config", "config_data", "config_quality", "config_section", "batch", "hub", "compat", "asking", "__init__"),
 )
 # A command checks what it was given before anything heavy is imported; nobody else imports inside a function.
 IMPORTS_INSIDE_FUNCTIONS = (

@@ -1,0 +1,1 @@
+"""What texts say about themselves: kinds, scores, languages, duplicates; nothing here knows a token."""
