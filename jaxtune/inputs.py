@@ -24,28 +24,39 @@ class Inputs(NamedTuple):
     eval_stream: Stream | None
 
 
+class Reading(NamedTuple):
+    """What reads the data of a run: the base model's folder and tokenizer, and what `open_stream` takes of them."""
+
+    base: HFFolder
+    tokenizer: Any
+    options: dict[str, Any]
+
+
+def open_reading(config: Config, *, needs_weights: bool) -> tuple[Reading, Config]:
+    """Opens model folder and tokenizer; returns them with the configuration's open values filled in."""
+    path = hub.resolve_folder(config.model.path, config.model.revision)
+    base = open_folder(path, needs_weights=needs_weights)
+    tokenizer = load_tokenizer(path)
+    model = assembly.model_config(base)
+    _check_vocabulary(tokenizer, model.vocab_size, base.path)
+    config = _filled_in(config, model, tokenizer, base.path)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "max_length": config.data.max_length}
+    if model.is_encoder_decoder:
+        options |= {"encoder_length": config.data.encoder_length, "start_token": model.start_token}
+    return Reading(base, tokenizer, options), config
+
+
 def open_inputs(config: Config, output: str, terminal: Terminal) -> tuple[Inputs, Config]:
     """Opens model folder, tokenizer and data; returns them with the configuration's open values filled in.
 
     Every host opens them by itself, and host 0 writes what `output` gets of it.
     """
-    path = hub.resolve_folder(config.model.path, config.model.revision)
-    base = open_folder(path, needs_weights=config.model.init == "pretrained")
-    tokenizer = load_tokenizer(path)
-    model = assembly.model_config(base)
-    _check_vocabulary(tokenizer, model.vocab_size, base.path)
-    config = _filled_in(config, model, tokenizer, base.path)
+    (base, tokenizer, options), config = open_reading(config, needs_weights=config.model.init == "pretrained")
     if not config.data.train:
         own = config.data.template == "auto" and not tokenizer.chat_template
         template = None if own else load_template(config.data.template, tokenizer)
         return Inputs(base, template, None, None), config
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "max_length": config.data.max_length,
-        "output_dir": output if hosts.index() == 0 else None,
-    }
-    if model.is_encoder_decoder:
-        options |= {"encoder_length": config.data.encoder_length, "start_token": model.start_token}
+    options["output_dir"] = output if hosts.index() == 0 else None
     with terminal.counting("reading the training data") as progress:
         stream = open_stream(config, **options, progress=progress)
     with terminal.counting("reading the evaluation data") as progress:

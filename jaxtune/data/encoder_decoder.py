@@ -12,9 +12,11 @@ import numpy as np
 
 from jaxtune.data.chat.rendering import Answer
 from jaxtune.data.chat.turns import LEARNT
-from jaxtune.data.examples import NOT_TRAINED, OVERLONG, RowReader, RowResult, fail, rounds_of
+from jaxtune.data.examples import RowReader
 from jaxtune.data.packing import Pair
 from jaxtune.data.records import Conversation, RowError
+from jaxtune.data.row_results import NOT_TRAINED, OVERLONG, RowResult, Waiting, fail
+from jaxtune.data.shortening import rounds_of
 
 RAW_TEXT = "raw text, which has no input for an encoder; expected questions with answers, e.g. prompt and completion"
 
@@ -36,17 +38,17 @@ class PairReader(RowReader):
         if self.template.tokenizer.eos_token_id is None:
             raise ValueError("this tokenizer has no EOS token, with which the input of an encoder-decoder ends")
 
-    def _learn(self, waiting: Sequence[tuple[RowResult, int, Conversation]]) -> None:
+    def _learn(self, waiting: Sequence[Waiting]) -> None:
         found = []
         for result, row, conversation in waiting:
             if conversation.messages[0].role == "text":
-                result.reason = RAW_TEXT
+                result.lose(RAW_TEXT, "valid")
                 result.lost_tokens += len(self._encode([conversation.messages[0].content])[0])
                 continue
             try:
                 answers = self.template.answers(conversation, train_on=self.options.train_on)
                 if not answers:
-                    result.reason = NOT_TRAINED
+                    result.lose(NOT_TRAINED, "valid")
                     result.lost_tokens += len(self.render(conversation).tokens)
             except RowError as error:
                 fail(result, error, self.source.where(row))
@@ -91,9 +93,9 @@ class PairReader(RowReader):
                     f"an answer of {len(targets)} positions to an input of {len(encoder)}; expected at most "
                     f"{self.options.max_length} and {self.encoder_length}; raise them or set data.overlong"
                 )
-                return fail(result, RowError(OVERLONG, message), self.source.where(row))
+                return fail(result, RowError(OVERLONG, message), self.source.where(row), stage="fits")
             encoder, targets = self._shortened(conversation, answer, encoder, targets)
-            result.reason = OVERLONG
+            result.lose(OVERLONG, "fits")
             result.lost_tokens += total - len(encoder) - len(targets)
             if not len(targets):
                 return None

@@ -5,6 +5,7 @@ alike. Shifting comes before packing: of n tokens the first n - 1 are inputs and
 example takes n - 1 positions and its last token is a target only.
 """
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,17 +15,16 @@ import numpy as np
 
 from jaxtune.data.chat.rendering import ChatTemplate, Rendered
 from jaxtune.data.files.readers import Source
+from jaxtune.data.gate import Gate
 from jaxtune.data.layouts.formats import Layout
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.reasoning import apply_reasoning, marked_answers
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
+from jaxtune.data.row_results import HELD_OUT, NOT_TRAINED, OVERLONG, Examined, Hashes, RowResult, Waiting, fail
+from jaxtune.data.shortening import cut, pieces, rounds_of, without_end
 from jaxtune.data.wording.content import content_hashes, fields_hash, question_hash, text_hashes
 from jaxtune.data.wording.fewshot import Exemplars
 from jaxtune.data.wording.tasks import Phrasing
-
-OVERLONG = "over length"
-NOT_TRAINED = "no trained token"
-HELD_OUT = "also held out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,44 +51,12 @@ class ExampleOptions:
             )
 
 
-@dataclasses.dataclass
-class RowResult:
-    """What became of one row.
-
-    `reason` says why (part of) it gives nothing; `bad` rows are those that cannot be read, with `message` in full.
-    Tokens are counted before shifting. Of `turns` trained answers kept, `stops` train their end-of-turn token.
-    `reasoning_removed` counts the reasoning blocks that `data.reasoning` took out of its answers, `reasoning_left` the
-    answers where it leaves a mark of reasoning that it should not.
-    """
-
-    examples: list[Example | Pair]
-    tokens: int = 0
-    trained: int = 0
-    lost_tokens: int = 0
-    turns: int = 0
-    stops: int = 0
-    reasoning_removed: int = 0
-    reasoning_left: int = 0
-    reason: str | None = None
-    message: str = ""
-    bad: bool = False
-
-
-class Hashes(NamedTuple):
-    """What a row says, for other readers to leave out: hashes of it as a whole under every wording, and of each long
-    text in it. Rows that are alike have the same `row`.
-    """
-
-    whole: frozenset[int]
-    texts: frozenset[int]
-    row: int
-
-
 class RowReader:
     """One source with its layout, template and options: rows in, examples out. Travels to worker processes.
 
     `phrasing` words rows by the templates of a task; a few-shot one takes exemplars from `exemplar_rows` (int64; None:
     all rows). `excluded` are sorted uint64 content hashes of held-out examples: rows that say the same give none.
+    `gate` says what else is left out.
 
     `sides` is how many lengths an example has. `remedy` says what to do about lost tokens.
     """
@@ -107,12 +75,20 @@ class RowReader:
         phrasing: Phrasing | None = None,
         exemplar_rows: np.ndarray | None = None,
         excluded: np.ndarray | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.source, self.layout, self.template = source, layout, template
         self.text_template, self.options = text_template, options
         self.phrasing, self.exemplar_rows, self.excluded = phrasing, exemplar_rows, excluded
+        self.gate = Gate() if gate is None else gate
         if phrasing is not None:
             phrasing.check_count(len(source) if exemplar_rows is None else len(exemplar_rows))
+
+    def gated(self, gate: Gate) -> "RowReader":
+        """The same reader with another gate."""
+        other = copy.copy(self)
+        other.gate = gate
+        return other
 
     @property
     def varies(self) -> bool:
@@ -121,8 +97,9 @@ class RowReader:
 
     @property
     def key(self) -> str:
-        """Names everything that decides how rows are worded and which are left out as held out."""
-        parts = ("" if self.phrasing is None else self.phrasing.key).encode(), *map(_bytes, self._chosen_rows())
+        """Names everything that decides how rows are worded and which are left out."""
+        wording = "" if self.phrasing is None else self.phrasing.key
+        parts = wording.encode(), *map(_bytes, self._chosen_rows()), self.gate.key.encode()
         return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
 
     def _chosen_rows(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -131,34 +108,55 @@ class RowReader:
 
     def read(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> list[RowResult]:
         """What becomes of each row in its epoch (default 0); never raises for a row, whose error is in its result."""
-        results: list[RowResult] = []
-        waiting: list[tuple[RowResult, int, Conversation]] = []
-        for row, epoch in zip(rows, [0] * len(rows) if epochs is None else epochs, strict=True):
-            result = RowResult([])
-            results.append(result)
-            try:
-                conversations, left_out = self._kept(row, epoch)
-            except RowError as error:
-                fail(result, error, self.source.where(row))
-            except NothingToLearn as nothing:
-                result.reason = nothing.reason
-            else:
-                result.reason = HELD_OUT if left_out else None
-                for conversation in conversations:
-                    thinned, removed = apply_reasoning(conversation, self.options.reasoning)
-                    result.reasoning_removed += removed
-                    result.reasoning_left += marked_answers(thinned, self.options.reasoning)
-                    waiting.append((result, row, thinned))
-        self._learn(waiting)
-        return results
+        return [one.result for one in self.examine(rows, epochs)]
 
-    def _learn(self, waiting: Sequence[tuple[RowResult, int, Conversation]]) -> None:
+    def examine(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> list[Examined]:
+        """As `read`, with what each row says."""
+        found: list[Examined] = []
+        kept: list[Waiting] = []
+        left_out: list[Waiting] = []
+        for row, epoch in zip(rows, [0] * len(rows) if epochs is None else epochs, strict=True):
+            one = Examined(RowResult([]), [])
+            found.append(one)
+            try:
+                self._sort(one, row, epoch, kept, left_out)
+            except RowError as error:
+                fail(one.result, error, self.source.where(row))
+            except NothingToLearn as nothing:
+                one.result.lose(nothing.reason, "valid")
+        self._learn(kept)
+        for (result, *_), rendered in zip(left_out, self._render([w.conversation for w in left_out]), strict=True):
+            result.left_out_tokens += 0 if isinstance(rendered, RowError) else len(rendered.tokens)
+        return found
+
+    def _sort(self, one: Examined, row: int, epoch: int, kept: list[Waiting], left_out: list[Waiting]) -> None:
+        """Puts the row's conversations among those that are kept or left out; raises RowError or NothingToLearn."""
+        result = one.result
+        try:
+            raw = self.source.row(row)
+        except RowError as error:
+            return fail(result, error, self.source.where(row), stage="parsed")
+        of_row = self.gate.why_row(row)
+        for conversation, held_out in self._told(raw, row, epoch):
+            thinned, removed = apply_reasoning(conversation, self.options.reasoning)
+            one.conversations.append(thinned)
+            reason = HELD_OUT if held_out else of_row or self.gate.why(thinned)
+            if reason is not None:
+                result.lose(reason, "kept")
+                left_out.append(Waiting(result, row, thinned))
+                continue
+            result.reasoning_removed += removed
+            result.reasoning_left += marked_answers(thinned, self.options.reasoning)
+            kept.append(Waiting(result, row, thinned))
+        return None
+
+    def _learn(self, waiting: Sequence[Waiting]) -> None:
         """Appends to each (result, row, conversation)'s result what the conversation gives."""
         for (result, row, conversation), rendered in zip(waiting, self._render([c for *_, c in waiting]), strict=True):
             if isinstance(rendered, RowError):
                 fail(result, rendered, self.source.where(row))
             elif not rendered.weights[1:].any():
-                result.reason = NOT_TRAINED
+                result.lose(NOT_TRAINED, "valid")
                 result.lost_tokens += len(rendered.tokens)
             else:
                 self._add(result, row, conversation, rendered)
@@ -174,7 +172,7 @@ class RowReader:
 
     def conversations(self, row: int, epoch: int = 0) -> list[Conversation]:
         """The row's conversations in an epoch; raises RowError or NothingToLearn, as for a row that is held out."""
-        kept, _ = self._kept(row, epoch)
+        kept = [conversation for conversation, held_out in self._told(self.source.row(row), row, epoch) if not held_out]
         if not kept:
             raise NothingToLearn(HELD_OUT)
         return kept
@@ -195,15 +193,13 @@ class RowReader:
             whole.update(map(question_hash, asked))
         return Hashes(frozenset(whole), frozenset(text_hashes([raw, *asked])), fields_hash(raw))
 
-    def _kept(self, row: int, epoch: int) -> tuple[list[Conversation], bool]:
-        """The row's conversations that are not held out, and whether some are."""
-        raw = self.source.row(row)
+    def _told(self, raw: Mapping[str, Any], row: int, epoch: int) -> list[tuple[Conversation, bool]]:
+        """The conversations of row `row`, which is `raw`, and whether each says what is held out."""
         worded = self._worded(raw, row, epoch)
         if self.excluded is None or not len(self.excluded):
-            return [conversation for conversation, _ in worded], False
+            return [(conversation, False) for conversation, _ in worded]
         rest = [raw] if len(worded) == 1 else []  # one conversation of several has nothing to do with another's texts
-        kept = [c for c, fields in worded if not self._says_held_out(c, fields, rest)]
-        return kept, len(kept) < len(worded)
+        return [(c, self._says_held_out(c, fields, rest)) for c, fields in worded]
 
     def _says_held_out(self, conversation: Conversation, fields: Mapping[str, Any] | None, rest: Sequence[Any]) -> bool:
         if self._is_held_out(content_hashes(conversation, fields)):
@@ -215,6 +211,8 @@ class RowReader:
         self, raw: Mapping[str, Any], row: int, epoch: int
     ) -> list[tuple[Conversation, Mapping[str, Any] | None]]:
         """The conversations of row `row`, which is `raw`, each with the fields that templates worded, if any."""
+        if row in self.gate.corrected:
+            return [(Conversation(self.gate.corrected[row]), None)]
         if self.phrasing is None:
             return [(conversation, None) for conversation in self.layout.convert(raw)]
         if self.phrasing.fills_slots_only:
@@ -236,8 +234,10 @@ class RowReader:
         return Exemplars(self.exemplar_rows, len(self.source), self._exemplar, self._is_held_out)
 
     def _exemplar(self, row: int) -> Mapping[str, Any] | None:
-        """The fields of a row that is to be shown to others; None when it cannot be read, teaches nothing or is held
+        """The fields of a row that is to be shown to others; None when it cannot be read, teaches nothing or is left
         out."""
+        if self.gate.why_row(row) is not None:
+            return None
         try:
             raw = self.source.row(row)
             fields = self._fields(raw)[0]
@@ -275,21 +275,21 @@ class RowReader:
         longest = self.options.max_length + 1
         total = len(rendered.tokens)
         if total <= longest:
-            pieces = [rendered]
+            parts = [rendered]
         elif self.options.overlong == "error":
             message = f"{total - 1} positions are more than max_length {longest - 1}; raise it or set data.overlong"
-            return fail(result, RowError(OVERLONG, message), self.source.where(row))
+            return fail(result, RowError(OVERLONG, message), self.source.where(row), stage="fits")
         elif self.options.overlong == "drop":
-            pieces = []
+            parts = []
         elif self.options.overlong == "truncate_right":
-            pieces = [_without_end(_cut(rendered, 0, longest))]
+            parts = [without_end(cut(rendered, 0, longest))]
         elif self.options.overlong == "truncate_turns":
-            pieces = self._newest_turns(conversation, longest)
+            parts = self._newest_turns(conversation, longest)
         else:
-            pieces = self._split(conversation, rendered, longest)
-        kept = [piece for piece in pieces if piece.weights[1:].any()]
+            parts = self._split(conversation, rendered, longest)
+        kept = [piece for piece in parts if piece.weights[1:].any()]
         if total > longest and self.options.overlong != "split":
-            result.reason = OVERLONG
+            result.lose(OVERLONG, "fits")
             result.lost_tokens += total - sum(len(piece.tokens) for piece in kept)
         scale = 1.0
         if self.options.loss_weighting == "example" and kept:  # the pieces of one example together weigh 1
@@ -319,7 +319,7 @@ class RowReader:
         """
         system, rounds = rounds_of(conversation)
         if len(rounds) < 2:
-            return _pieces(whole, longest)
+            return pieces(whole, longest)
         out: list[Rendered] = []
         group: list[tuple[Message, ...]] = []
         done: Rendered | None = None
@@ -332,7 +332,7 @@ class RowReader:
                 group, done = [*group, turn], tried
                 continue
             if done is not None:
-                out += [done] if len(done.tokens) <= longest else _pieces(done, longest)
+                out += [done] if len(done.tokens) <= longest else pieces(done, longest)
             if turn is not None:
                 quiet = tuple(dataclasses.replace(m, weight=0.0) for m in system)
                 group, done = [turn], self.render(Conversation((*quiet, *turn), conversation.meta))
@@ -365,40 +365,3 @@ def _questions(conversation: Conversation) -> list[str]:
 
 def _bytes(array: np.ndarray | None) -> bytes:
     return b"" if array is None else array.tobytes()
-
-
-def fail(result: RowResult, error: RowError, where: str) -> None:
-    result.reason, result.message, result.bad = error.reason, f"{where}: {error}", True
-
-
-def rounds_of(conversation: Conversation) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
-    """The system message (or nothing), and the turns: each a user message with what answers it."""
-    messages = conversation.messages
-    system = messages[:1] if messages[0].role == "system" else ()
-    rounds: list[tuple[Message, ...]] = []
-    for message in messages[len(system) :]:
-        if message.role == "user" or not rounds:
-            rounds.append((message,))
-        else:
-            rounds[-1] = (*rounds[-1], message)
-    return system, rounds
-
-
-def _pieces(rendered: Rendered, longest: int) -> list[Rendered]:
-    return [_cut(rendered, first, first + longest) for first in range(0, len(rendered.tokens) - 1, longest - 1)]
-
-
-def _cut(rendered: Rendered, first: int, last: int) -> Rendered:
-    """Tokens first .. last - 1, and the answers that end among their targets."""
-    ends = tuple((i - first, stops) for i, stops in rendered.ends if first < i < last)
-    return dataclasses.replace(
-        rendered, tokens=rendered.tokens[first:last], weights=rendered.weights[first:last], ends=ends
-    )
-
-
-def _without_end(rendered: Rendered) -> Rendered:
-    """Counts the answer that a cut left without its end, so that the funnel shows it."""
-    last = len(rendered.tokens) - 1
-    if rendered.weights[last] == 0 or any(i == last for i, _ in rendered.ends):
-        return rendered
-    return dataclasses.replace(rendered, ends=(*rendered.ends, (last, False)))

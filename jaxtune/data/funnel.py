@@ -5,16 +5,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxtune.data.examples import OVERLONG, RowReader
+from jaxtune.data.examples import RowReader
 from jaxtune.data.lengths import RowTable
+from jaxtune.data.row_results import OVERLONG, STAGES
 
 _SHOWN = 40  # sources, and reasons of loss, listed on a terminal
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Rows lost for one reason: how many, with how many tokens, where the first is, and its message if it has one."""
+    """Rows lost for one reason: how many, with how many tokens, where the first is, and its message if it has one.
 
+    `stage` is which of row_results.STAGES they did not reach; those of `kept` are left out on purpose.
+    """
+
+    stage: str
     rows: int
     tokens: int
     where: str
@@ -25,17 +30,20 @@ class Loss:
 class SourceFunnel:
     """One source from rows read to tokens trained; `exact` is False when estimated from a sample.
 
-    `remedy` says what to do about rows over length, `reasoning` is the rule by which blocks were removed, and
-    `reasoning_left` counts the answers in which it leaves marks of reasoning.
+    `stages` are the rows that reach each of row_results.STAGES, at least in part; `tokens_left_out` those that were
+    left out on purpose. `remedy` says what to do about rows over length, `reasoning` is the rule by which blocks were
+    removed, and `reasoning_left` counts the answers in which it leaves marks of reasoning.
     """
 
     name: str
     rows: int
+    stages: Mapping[str, int]
     kept: int
     examples: int
     tokens: int
     trained_tokens: int
     tokens_lost: int
+    tokens_left_out: int
     turns: int
     stops: int
     lost: Mapping[str, Loss]
@@ -130,7 +138,8 @@ def _main_loss(sources: Sequence[SourceFunnel]) -> str:
     tokens: dict[str, int] = {}
     for source in sources:
         for reason, loss in source.lost.items():
-            tokens[reason] = tokens.get(reason, 0) + loss.tokens
+            if loss.stage != "kept":  # what is left out on purpose is not lost
+                tokens[reason] = tokens.get(reason, 0) + loss.tokens
     main = max(tokens, key=lambda reason: tokens[reason])
     of = [source for source in sources if main in source.lost]
     worst = max(of, key=lambda source: source.lost[main].tokens)
@@ -149,20 +158,29 @@ def summarise(name: str, reader: RowReader, table: RowTable, *, rows: int, exact
         which = np.flatnonzero(column["reason"] == code)
         first = int(table.rows[which[0]])
         count = round(len(which) * scale)
-        tokens = round(int(column["lost"][which].sum(dtype=np.int64)) * scale)
-        lost[table.reasons[code]] = Loss(count, tokens, reader.source.where(first), table.messages.get(first, ""))
+        tokens = round(int((column["lost"] + column["left_out"])[which].sum(dtype=np.int64)) * scale)
+        stage = STAGES[int(column["stage"][which[0]]) - 1]
+        where, message = reader.source.where(first), table.messages.get(first, "")
+        lost[table.reasons[code]] = Loss(stage, count, tokens, where, message)
 
     def scaled(key: str) -> int:
         return round(int(column[key].sum(dtype=np.int64)) * scale)
 
+    ended = np.where(column["examples"] > 0, 0, column["stage"])  # a row that gives anything reaches the end
+    stages = {
+        stage: round(int(np.count_nonzero((ended == 0) | (ended > number))) * scale)
+        for number, stage in enumerate(STAGES, 1)
+    }
     return SourceFunnel(
         name=name,
         rows=rows,
+        stages=stages,
         kept=round(int(np.count_nonzero(column["examples"])) * scale),
         examples=scaled("examples"),
         tokens=scaled("tokens"),
         trained_tokens=scaled("trained"),
         tokens_lost=scaled("lost"),
+        tokens_left_out=scaled("left_out"),
         turns=scaled("turns"),
         stops=scaled("stops"),
         lost=lost,

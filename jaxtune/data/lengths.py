@@ -8,8 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,16 +15,16 @@ import numpy as np
 
 from jaxtune.data.examples import RowReader
 from jaxtune.data.records import NothingToLearn, RowError
+from jaxtune.data.row_results import STAGES, RowResult
+from jaxtune.data.saved_arrays import DAMAGED, digest_of, read_arrays, write_arrays
 
 Progress = Callable[[int, int], None]
 _BLOCK = 1024
-_VERSION = "4"  # of everything between a row and its tokens: raise it when the code's answer changes
+_VERSION = "5"  # of everything between a row and its tokens: raise it when the code's answer changes
 _COLUMNS = (
-    *("tokens", "trained", "lost", "turns", "stops", "reason", "bad", "examples"),
+    *("tokens", "trained", "lost", "left_out", "turns", "stops", "reason", "stage", "bad", "examples"),
     *("reasoning_removed", "reasoning_left"),
 )
-# What reading a damaged file raises: the archive's errors, and those of what is not in it.
-_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, NotImplementedError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,8 @@ class RowTable:
     sides], int32: of the sequence, or of encoder and decoder.
 
     `epochs` int64 [n] where a row's examples depend on the epoch, else None; entries ascend by epoch, then by row.
-    `reason` indexes `reasons`, whose entry 0 is for rows without loss; `messages` tells each bad row's full story.
+    `reason` indexes `reasons`, whose entry 0 is for rows without loss; `stage` is the number in row_results.STAGES, from
+    1, of what (part of) the row did not reach; `messages` tells each bad row's full story.
     """
 
     rows: np.ndarray
@@ -94,7 +93,7 @@ def measure(
     """
     folder = os.path.join(cache_dir, "lengths")
     own = [_wanted_key(key, which) for key, which in zip(reader_keys(readers), wanted, strict=True)]
-    together = os.path.join(folder, f"{_digest(*own)}.npz")
+    together = os.path.join(folder, f"{digest_of(*own)}.npz")
     sides = [reader.sides for reader in readers]
     found = _load(together, wanted, sides)
     if found is not None:
@@ -121,8 +120,8 @@ def cached_hashes(
     A text that stands in several rows of a source (an instruction, a list of options) is no row's own and is left out;
     rows that are alike count as one.
     """
-    path = os.path.join(cache_dir, "lengths", f"hashes-{_digest(*keys)}.npz")
-    saved = _arrays(path)
+    path = os.path.join(cache_dir, "lengths", f"hashes-{digest_of(*keys)}.npz")
+    saved = read_arrays(path)
     if saved is not None and "hashes" in saved and saved["hashes"].dtype == np.uint64:
         return saved["hashes"]
     total, done = sum(len(reader.source) for reader in readers), 0
@@ -138,7 +137,7 @@ def cached_hashes(
             if progress is not None:
                 progress(done, total)
     found = np.unique(np.concatenate([*whole, *map(_of_one_row, texts.values())]))
-    _write(path, {"hashes": found})
+    write_arrays(path, {"hashes": found})
     return found
 
 
@@ -169,9 +168,9 @@ def reader_keys(readers: Sequence[RowReader]) -> list[str]:
         tokenizer = reader.template.tokenizer
         if id(tokenizer) not in tokenizers:  # hundreds of readers share one, and its text has megabytes
             special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-            tokenizers[id(tokenizer)] = _digest(tokenizer.backend_tokenizer.to_str(), special)
+            tokenizers[id(tokenizer)] = digest_of(tokenizer.backend_tokenizer.to_str(), special)
         keys.append(
-            _digest(
+            digest_of(
                 _VERSION,
                 reader.source.fingerprint,
                 repr(reader.layout),
@@ -193,27 +192,59 @@ def _wanted_key(key: str, wanted: Wanted) -> str:
 
 
 def _read_all(reader: RowReader, wanted: Wanted, progress: Progress | None, done: int, total: int) -> RowTable:
-    reasons: dict[str, int] = {"": 0}
-    entries: list[tuple[int, ...]] = []
-    lengths: list[tuple[int, ...]] = []
-    messages: dict[int, str] = {}
-    rows, epochs = wanted
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK].tolist()
-        when = [0] * len(block) if epochs is None else epochs[start : start + _BLOCK].tolist()
-        for row, r in zip(block, reader.read(block, when), strict=True):
-            code = reasons.setdefault(r.reason or "", len(reasons))
-            lengths += [example.lengths for example in r.examples]
-            counts = (r.tokens, r.trained, r.lost_tokens, r.turns, r.stops, code, r.bad, len(r.examples))
-            entries.append((*counts, r.reasoning_removed, r.reasoning_left))
-            if r.bad:
-                messages[row] = r.message
+    blocks = []
+    for start in range(0, len(wanted.rows), _BLOCK):
+        block = portion(wanted, start, start + _BLOCK)
+        blocks.append(tabulate(reader, block, reader.read(*numbers(block))))
         if progress is not None:
-            progress(done + min(start + _BLOCK, len(rows)), total)
+            progress(done + start + len(block.rows), total)
+    return joined(reader, wanted, blocks)
+
+
+def portion(wanted: Wanted, start: int, stop: int) -> Wanted:
+    """Some of the rows wanted."""
+    return Wanted(wanted.rows[start:stop], None if wanted.epochs is None else wanted.epochs[start:stop])
+
+
+def numbers(wanted: Wanted) -> tuple[list[int], list[int]]:
+    """Rows and epochs as `RowReader.read` takes them."""
+    return wanted.rows.tolist(), [0] * len(wanted.rows) if wanted.epochs is None else wanted.epochs.tolist()
+
+
+def tabulate(reader: RowReader, wanted: Wanted, results: Sequence[RowResult]) -> RowTable:
+    """The table of some rows, of what became of each."""
+    reasons: dict[str, int] = {"": 0}
+    entries = []
+    for r in results:
+        code = reasons.setdefault(r.reason or "", len(reasons))
+        stage = 0 if r.stage is None else 1 + STAGES.index(r.stage)
+        counts = (r.tokens, r.trained, r.lost_tokens, r.left_out_tokens, r.turns, r.stops)
+        entries.append((*counts, code, stage, r.bad, len(r.examples), r.reasoning_removed, r.reasoning_left))
     array = np.array(entries, np.int64).reshape(-1, len(_COLUMNS))
     columns = {key: array[:, i].copy() for i, key in enumerate(_COLUMNS)}
-    of_each = np.array(lengths, np.int32).reshape(-1, reader.sides)
-    return RowTable(rows, epochs, columns, of_each, tuple(reasons), messages)
+    of_each = np.array([e.lengths for r in results for e in r.examples], np.int32).reshape(-1, reader.sides)
+    messages = {row: r.message for row, r in zip(wanted.rows.tolist(), results, strict=True) if r.bad}
+    return RowTable(wanted.rows, wanted.epochs, columns, of_each, tuple(reasons), messages)
+
+
+def joined(reader: RowReader, wanted: Wanted, tables: Sequence[RowTable]) -> RowTable:
+    """One table of those of portions, which are all the rows wanted, in order."""
+    reasons: dict[str, int] = {"": 0}
+    for table in tables:
+        for reason in table.reasons:
+            reasons.setdefault(reason, len(reasons))
+    columns = {key: np.concatenate([np.zeros(0, np.int64), *(t.columns[key] for t in tables)]) for key in _COLUMNS}
+    codes = [np.array([reasons[reason] for reason in t.reasons])[t.columns["reason"]] for t in tables]
+    columns["reason"] = np.concatenate([np.zeros(0, np.int64), *codes])
+    of_each = np.concatenate([np.zeros((0, reader.sides), np.int32), *(t.lengths for t in tables)])
+    messages = {row: message for t in tables for row, message in t.messages.items()}
+    return RowTable(wanted.rows, wanted.epochs, columns, of_each, tuple(reasons), messages)
+
+
+def keep(readers: Sequence[RowReader], wanted: Sequence[Wanted], tables: Sequence[RowTable], *, cache_dir: str) -> None:
+    """Puts tables where `measure` will find them, for these readers and rows."""
+    own = [_wanted_key(key, which) for key, which in zip(reader_keys(readers), wanted, strict=True)]
+    _save(os.path.join(cache_dir, "lengths", f"{digest_of(*own)}.npz"), tables)
 
 
 def _save(path: str, tables: Sequence[RowTable]) -> None:
@@ -233,34 +264,15 @@ def _save(path: str, tables: Sequence[RowTable]) -> None:
     arrays["epochs"] = np.concatenate([np.zeros_like(t.rows) if t.epochs is None else t.epochs for t in tables])
     arrays["lengths"] = np.concatenate([t.lengths for t in tables])
     arrays["told"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
-    _write(path, arrays)
-
-
-def _write(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays, aside first, so that no half file is ever found."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as aside:
-        np.savez(aside, **arrays)  # type: ignore[arg-type]
-    os.replace(aside.name, path)
-
-
-def _arrays(path: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None when it is not there or damaged, as its checksums tell."""
-    if not os.path.exists(path):
-        return None
-    try:
-        with np.load(path) as saved:
-            return {key: saved[key] for key in saved.files}
-    except (*_DAMAGED, AttributeError):  # AttributeError: a single array, which has no names
-        return None
+    write_arrays(path, arrays)
 
 
 def _load(path: str, wanted: Sequence[Wanted], sides: Sequence[int]) -> list[RowTable] | None:
     """The tables of a file; None when it is not there, damaged, or not of these rows."""
-    arrays = _arrays(path)
+    arrays = read_arrays(path)
     try:
         tables = None if arrays is None else _tables(arrays)
-    except _DAMAGED:
+    except DAMAGED:
         return None
     if tables is None or len(tables) != len(wanted):
         return None
@@ -297,7 +309,3 @@ def _tables(arrays: Mapping[str, np.ndarray]) -> list[RowTable]:
             )
         )
     return tables
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()

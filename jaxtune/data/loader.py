@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import Config
-from jaxtune.data import lengths, measuring
+from jaxtune.data import lengths
 from jaxtune.data.counting import choose_lanes, choose_window, count_rows, epoch_draws, estimated_draws
 from jaxtune.data.leaves import OpenLeaf, row_orders
 from jaxtune.data.lengths import Progress, Wanted
-from jaxtune.data.measuring import Counted, Opening, rows_to_measure
+from jaxtune.data.measuring import Counted, Opening, Survey, rows_to_measure
 from jaxtune.data.mixing import mixture, tree
 from jaxtune.data.mixing.plan import MixturePlan, make_plan
 from jaxtune.data.mixing.shares import Sizes
@@ -37,6 +37,7 @@ def open_stream(
     cache_dir: str | None = None,
     output_dir: str | None = None,
     progress: Progress | None = None,
+    survey: Survey | None = None,
 ) -> Stream:
     """The training stream of `config`: opens and measures its sources, and plans the run.
 
@@ -45,15 +46,15 @@ def open_stream(
 
     Raises ValueError for whatever would make the run wrong: unreadable rows (unless data.on_bad_row says otherwise), a
     source with nothing to train on, a template that never trains its stop token, more lost than data.max_lost, shares
-    that cannot be met.
+    that cannot be met. With a `survey` all rows are read, and the first four of these are told to it instead.
     """
     kind = row_kind(max_length, packing=config.data.packing, encoder_length=encoder_length, start_token=start_token)
-    opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
+    opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress, survey)
     root, evaluated = training_tree(config)
     opened, root, skipped = opening.opener.find(root)
     excluded, unseen = opening.hashes(evaluated) if evaluated is not None else (None, ())
-    leaves = opening.opener.open(root, opened, fraction=config.data.eval_fraction, excluded=excluded)
-    exact = sum(leaf.pool for leaf in leaves) <= measuring.EXACT_ROWS
+    leaves = opening.gated(opening.opener.open(root, opened, fraction=config.data.eval_fraction, excluded=excluded))
+    exact = opening.is_exact(leaves)
     rows = opening.rows(leaves, exact)
     phases, draws = _mixture(config, root, leaves, opening, rows)
     in_epoch = epoch_draws(config, draws)
@@ -80,6 +81,7 @@ def open_stream(
         *_unseen_warning(unseen),
         *_size_warnings(leaves),
         *_undrawn_warning(plan),
+        *opening.warnings,
     ]
     return dataclasses.replace(
         stream,
@@ -99,6 +101,7 @@ def open_eval_stream(
     cache_dir: str | None = None,
     output_dir: str | None = None,
     progress: Progress | None = None,
+    survey: Survey | None = None,
 ) -> Stream | None:
     """The evaluation stream: data.eval, the clusters of data.hold_out, or the rows that data.eval_fraction holds out.
 
@@ -106,7 +109,7 @@ def open_eval_stream(
     `encoder_length` and `start_token` are as for `open_stream`.
     """
     kind = row_kind(max_length, packing=config.data.packing, encoder_length=encoder_length, start_token=start_token)
-    opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress)
+    opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress, survey)
     fraction = 0.0
     root = evaluation_tree(config)
     if root is None and config.data.eval_fraction:

@@ -1,7 +1,7 @@
 """Sources of a run opened and measured: which rows are read before step 1, and what is found there."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,14 @@ class Counted(NamedTuple):
 
 
 @dataclasses.dataclass
+class Survey:
+    """Opens a stream to look it over: every row is read, by `measure`, and reasons not to start are collected."""
+
+    measure: Callable[[Sequence[OpenLeaf], Sequence[Wanted]], list[lengths.RowTable]]
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
 class Opening:
     """What opening a stream needs at every turn."""
 
@@ -38,6 +46,8 @@ class Opening:
     cache_dir: str | None
     output_dir: str | None
     progress: Progress | None
+    survey: Survey | None = None
+    warnings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.opener = Opener(
@@ -63,6 +73,14 @@ class Opening:
         """The lengths of all rows that a leaf is trained on."""
         return self.measure([leaf], [Wanted(leaf.rows(self.config.seed))])[0]
 
+    def gated(self, leaves: Sequence[OpenLeaf]) -> tuple[OpenLeaf, ...]:
+        """The leaves without what `data` says to leave out."""
+        return tuple(leaves)
+
+    def is_exact(self, leaves: Sequence[OpenLeaf]) -> bool:
+        """Whether every row is read before step 1."""
+        return self.survey is not None or sum(leaf.pool for leaf in leaves) <= EXACT_ROWS
+
     def rows(self, leaves: Sequence[OpenLeaf], exact: bool) -> list[np.ndarray]:
         """Rows to measure: all that are trained on, or a sample of each source."""
         if exact:
@@ -80,6 +98,13 @@ class Opening:
         )
         return found, skipped
 
+    def _found_wrong(self, problems: Sequence[str]) -> None:
+        """Stops with all problems, or tells them to whoever surveys."""
+        if self.survey is not None:
+            self.survey.problems += problems
+        elif problems:
+            raise ValueError("\n".join(problems))
+
     def count(
         self,
         leaves: Sequence[OpenLeaf],
@@ -91,7 +116,7 @@ class Opening:
     ) -> Counted:
         """Measures rows; raises ValueError with every reason not to start."""
         config = self.config
-        tables = self.measure(leaves, wanted)
+        tables = self.measure(leaves, wanted) if self.survey is None else self.survey.measure(leaves, wanted)
         found = [
             funnel.summarise(
                 leaf.node.name,
@@ -110,8 +135,7 @@ class Opening:
             max_lost=config.data.max_lost,
             held_out=evaluation and not config.data.eval,
         )
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        self._found_wrong(wrong)
         bad = [
             (leaf.reader.source, row, message)
             for leaf, table in zip(leaves, tables, strict=True)
