@@ -30,6 +30,7 @@ STEPS, SAVE_EVERY = 300, 5
 PRELOADED = ["jaxtune.train", "jaxtune.training", "transformers", "orbax.checkpoint", "grain"]
 PATIENCE = 5  # kills in a row that may leave no newer checkpoint, before the run is let live longer
 LATEST = 200.0  # seconds that processes may live on when one of them is gone: jax misses a host after 100
+JOINED = "devices "  # what host 0 says once all hosts have met; before, jax waits 300 s for the others to come
 
 
 def train(words: Sequence[str], environment: dict[str, str], log: str) -> None:
@@ -99,6 +100,8 @@ class Soak:
         if codes - {None}:
             raise AssertionError(f"ended by itself with {codes}:\n{self.said()}")
         one = self.draw.randrange(self.processes) if self.draw.random() < 0.3 else None
+        if JOINED not in self.said():
+            one = None  # whoever is left would only wait for the one that never came
         for i, process in enumerate(processes):
             if one is None or i == one:
                 with contextlib.suppress(ProcessLookupError):
