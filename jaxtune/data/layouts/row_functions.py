@@ -11,19 +11,19 @@ from jaxtune.data.row_values import Row, kind, near
 
 
 @functools.cache
-def load_function(name: str) -> Callable[[dict[str, Any]], Any]:
-    """What `module:function` names; raises ValueError when it cannot be imported or is not callable."""
+def load_function(name: str, key: str = "format") -> Callable[[Any], Any]:
+    """What `module:function` names under a key; raises ValueError when it cannot be imported or is not callable."""
     module, _, attribute = name.partition(":")
     try:
         names = vars(importlib.import_module(module))
     except Exception as error:
         raise ValueError(
-            f"format {name}: module {module} cannot be imported ({type(error).__name__}: {error}); is its folder on "
+            f"{key} {name}: module {module} cannot be imported ({type(error).__name__}: {error}); is its folder on "
             "PYTHONPATH?"
         ) from error
     found = names.get(attribute)
     if not callable(found):
-        raise ValueError(f"format {name}: module {module} has no function {attribute}{near(attribute, list(names))}")
+        raise ValueError(f"{key} {name}: module {module} has no function {attribute}{near(attribute, list(names))}")
     return found
 
 
