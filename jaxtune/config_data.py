@@ -81,6 +81,10 @@ class SourceConfig(Section):
     revision: str | None = None
     name: str | None = Field(None, description="configuration name of a hub dataset")
     split: str | None = Field(None, description="split of a dataset; train where there is one")
+    streaming: bool = Field(
+        False, description="read the dataset as a stream: `jaxtune.prepare` writes its rows into the cache"
+    )
+    take: Positive | None = Field(None, description="so many rows of a stream, the first ones; default: all")
     format: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:\w+$")] | Literal[FORMATS] = Field(  # type: ignore[valid-type]
         "auto", description="layout of the rows, or module:function that makes conversations of a row"
     )
@@ -200,6 +204,11 @@ class DataConfig(Section):
     )
     lanes: Literal["auto"] | Positive = Field("auto", description="independent streams of windows in one batch")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that render and pack; 0 uses threads")
+    prepared: str = Field(
+        "auto",
+        description="where `jaxtune.prepare` puts packed windows and training looks for them: auto (this machine's "
+        "cache), a folder, gs://, s3://, or off",
+    )
 
 
 def problems_of_data(data: DataConfig, *, steps: int | None) -> list[str]:
@@ -241,6 +250,10 @@ def _problems_of(sources: tuple[SourceConfig, ...], key: str) -> list[str]:
             inside = wanted if isinstance(wanted, list | tuple) else (wanted,)
             if any(isinstance(value, dict | list | tuple) for value in inside):
                 out.append(f"{here}.table.where.{column}: found {wanted!r}; expected a value, or a list of values")
+        if source.sources and source.streaming:
+            out.append(f"{here}.streaming: found on a group; expected on its members")
+        if source.take is not None and not source.streaming:
+            out.append(f"{here}.take: only read with streaming; set {here}.streaming=true, or remove it")
         if source.sources and source.examples is not None:
             out.append(f"{here}.examples: found on a group; expected on its members")
         if source.each_template and source.templates is None:

@@ -71,6 +71,27 @@ def open_inputs(config: Config, output: str, terminal: Terminal) -> tuple[Inputs
     return Inputs(base, template, stream, eval_stream), config
 
 
+def open_training_data(config: Config, terminal: Terminal) -> tuple[Stream, Config]:
+    """Opens the training stream as a run would, without weights and without writing anything of a run."""
+    _, config, options = _opened_model(config, needs_weights=False)
+    with terminal.counting("reading the training data") as progress:
+        return open_stream(config, **options, progress=progress), config
+
+
+def _opened_model(config: Config, *, needs_weights: bool) -> tuple[HFFolder, Config, dict[str, Any]]:
+    """Returns the model's folder, the configuration with its open values filled in, and what opens streams."""
+    path = hub.resolve_folder(config.model.path, config.model.revision)
+    base = open_folder(path, needs_weights=needs_weights)
+    tokenizer = load_tokenizer(path)
+    model = assembly.model_config(base)
+    _check_vocabulary(tokenizer, model.vocab_size, base.path)
+    config = _filled_in(config, model, tokenizer, base.path)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "max_length": config.data.max_length}
+    if model.is_encoder_decoder:
+        options |= {"encoder_length": config.data.encoder_length, "start_token": model.start_token}
+    return base, config, options
+
+
 def _filled_in(config: Config, model: Any, tokenizer: Any, where: str) -> Config:
     """Returns the configuration with what the model decides: lengths of rows, and an encoder-decoder's template."""
     config = blueprint.fill_lengths(config, model, where)
@@ -107,6 +128,7 @@ def count_steps(config: Config, stream: Stream | None, saved: dict[str, Any] | N
     if stream is None or stream.steps_per_run is None:
         raise ValueError(
             "train.steps: found none, and the data is too large to count its packed rows before the run; "
-            "expected the number of updates, e.g. train.steps=10000"
+            "expected the number of updates, e.g. train.steps=10000, or windows made beforehand, which are counted: "
+            "python -m jaxtune.prepare with the same words"
         )
     return stream.steps_per_run

@@ -216,17 +216,29 @@ class Terminal:
     def counting(self, what: str, *, unit: str = "rows") -> Iterator[Any]:
         """Gives a callback (done, total) that shows how far work has come; says nothing if it is never called."""
         start = last = time.perf_counter()
+        columns = (
+            rich.progress.SpinnerColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("ETA"),
+            rich.progress.TimeRemainingColumn(),
+        )
+        shown = rich.progress.Progress(*columns, console=self._console, transient=True) if self.interactive else None
+        task = shown.add_task(what, total=None, numbers="", visible=False) if shown else None
 
         def seen(done: int, total: int) -> None:
             nonlocal last
             now = time.perf_counter()
-            if now - last > (0.2 if self.interactive else 10.0):
+            if shown is not None and task is not None:
+                numbers = f"{done:,} of {total:,} {unit}"
+                shown.update(task, completed=done, total=total, numbers=numbers, visible=True)
+            elif now - last > 10.0:
                 last = now
-                told = f"{what}: {done:,} of {total:,} {unit}, {duration(now - start)}"
-                status.update(told) if status else self.say(told)
+                self.say(f"{what}: {done:,} of {total:,} {unit}, {duration(now - start)}")
 
-        status = self._console.status(what) if self.interactive else None
-        with status or contextlib.nullcontext():
+        with shown or contextlib.nullcontext():
             yield seen
 
     @contextlib.contextmanager

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "model.remat",
     "data.eval",
     "data.workers",
+    "data.prepared",
     "data.max_lost",
 )
 

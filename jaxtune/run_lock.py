@@ -36,7 +36,7 @@ class RunLock:
         self._folder, self._place = folder, posixpath.join(root, ".lock")
         self._say = say
         self._stop = threading.Event()
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "start": _process_start(os.getpid())}
+        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
         self._number = self._take()
         self._lost: dict[str, Any] | None = None
         self._pulse = threading.Thread(target=self._beat, daemon=True, name="run-lock-heartbeat")
@@ -144,11 +144,11 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     if not holder:
         return False
     if holder["host"] == socket.gethostname():
-        return _process_start(holder["pid"]) == holder.get("start")
+        return process_start(holder["pid"]) == holder.get("start")
     return time.time() - holder["heartbeat"] < DEAD_AFTER_SECONDS
 
 
-def _process_start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """Returns what tells a process from a later one of the same number, or None when there is no such process."""
     stat = pathlib.Path(f"/proc/{pid}/stat")
     if stat.exists():

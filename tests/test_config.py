@@ -15,7 +15,7 @@ import pytest
 import tiny_runs
 
 from jaxtune import config as config_module
-from jaxtune import loop
+from jaxtune import loop, prepare
 from jaxtune.config import Config
 from jaxtune.config_data import SourceConfig
 from jaxtune.config_section import Section
@@ -464,6 +464,8 @@ def test_no_key_is_accepted_and_ignored(keys_read, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     read_of_mixtures(str(base), str(data), tmp_path)
+    streamed = ("data.train.0.streaming=true", "data.train.0.take=16", "--workers=1")
+    assert prepare.main([*tiny_runs.words(base, data, tmp_path / "streamed"), *streamed]) == 0
     monkeypatch.setattr(loop.MetricsLog, "write", stop)
     train(tiny_runs.config(base, data, tmp_path / "stopped", "train.steps=null", "train.epochs=1"))
     leaves = leaf_paths(Config)

@@ -56,6 +56,7 @@ IMPORTS_INSIDE_FUNCTIONS = (
     "train",
     "plan.__main__",
     "doctor",
+    "prepare",
     "audit",
     "generate",
     "chat",

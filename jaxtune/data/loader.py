@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.data import lengths
+from jaxtune.data.attaching import attach
 from jaxtune.data.counting import choose_lanes, choose_window, count_rows, epoch_draws, estimated_draws
 from jaxtune.data.leaves import OpenLeaf, row_orders
 from jaxtune.data.lengths import Progress, Wanted
@@ -73,6 +74,7 @@ def open_stream(
         seed=config.seed,
     )
     stream = _stream(config, maker, counted, leaves, exact, lanes=config.data.lanes, output_dir=output_dir)
+    stream = attach(config, stream, cache_dir=cache_dir)
     plan = _plan(config, root, phases, stream, counted, skipped)
     warnings = [
         *stream.warnings,

@@ -42,6 +42,14 @@ class Rows(abc.ABC):
     def describe(self, fill: Sequence[float]) -> str:
         """Says how full rows are, from the share of positions filled on each side."""
 
+    @abc.abstractmethod
+    def tokens_once(self, joined: Any, lengths: np.ndarray) -> list[np.ndarray]:
+        """The tokens of joined examples, none stored twice; `lengths` int64 [examples sides]."""
+
+    @abc.abstractmethod
+    def joined_again(self, tokens: Sequence[np.ndarray], lengths: np.ndarray, weights: np.ndarray) -> Any:
+        """The joined examples of `tokens_once`, with their float32 weights."""
+
     @property
     def key(self) -> str:
         """Names everything that decides what rows look like."""
@@ -83,6 +91,20 @@ class SequenceRows(Rows):
     def lay_out(self, rows: Sequence[Sequence[tuple[Any, int]]]) -> Batch:
         return packing.lay_out(rows, self.length)
 
+    def tokens_once(self, joined: Any, lengths: np.ndarray) -> list[np.ndarray]:
+        """Each example's inputs and then its last target: [a0 a1 a2 | b0 b1] with targets one to the left."""
+        first, last = _borders(lengths[:, 0])
+        whole = np.empty(len(first), np.int32)
+        whole[~last] = joined.tokens
+        whole[last] = joined.targets[np.cumsum(lengths[:, 0]) - 1]
+        assert np.array_equal(whole[~first], joined.targets), "targets are not the tokens one to the left"
+        return [whole]
+
+    def joined_again(self, tokens: Sequence[np.ndarray], lengths: np.ndarray, weights: np.ndarray) -> Example:
+        first, last = _borders(lengths[:, 0])
+        whole = tokens[0].astype(np.int32)
+        return Example(whole[~last], whole[~first], weights)
+
     def describe(self, fill: Sequence[float]) -> str:
         return f"packing fills {fill[0]:.1%} of {self.length} positions a row"
 
@@ -112,6 +134,12 @@ class PairRows(Rows):
     def lay_out(self, rows: Sequence[Sequence[tuple[Any, int]]]) -> PairBatch:
         return packing.lay_out_pairs(rows, self.encoder_length, self.length, start_token=self.start_token)
 
+    def tokens_once(self, joined: Any, lengths: np.ndarray) -> list[np.ndarray]:
+        return [joined.encoder_tokens, joined.targets]
+
+    def joined_again(self, tokens: Sequence[np.ndarray], lengths: np.ndarray, weights: np.ndarray) -> Pair:
+        return Pair(tokens[0].astype(np.int32), tokens[1].astype(np.int32), weights)
+
     def describe(self, fill: Sequence[float]) -> str:
         encoder, decoder = fill
         return (
@@ -125,3 +153,12 @@ def row_kind(length: int, *, packing: bool, encoder_length: int | None, start_to
     if encoder_length is None:
         return SequenceRows(length, packing)
     return PairRows(length, packing, encoder_length, start_token)
+
+
+def _borders(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where examples of `lengths` positions, with one token more than these, begin and end; bool [tokens]."""
+    ends = np.cumsum(lengths + 1)
+    first, last = np.zeros((2, int(ends[-1]) if len(ends) else 0), bool)
+    first[ends - lengths - 1] = True
+    last[ends - 1] = True
+    return first, last

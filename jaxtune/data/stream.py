@@ -10,8 +10,10 @@ that this is becomes part of the state.
 
 import collections
 import dataclasses
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +44,7 @@ class Stream:
     `train.steps` must say) or when `train.steps` says so: then batches never end. `rows_of_windows` int64, where
     counted. `fill`: share of positions that hold a token, on each side of a row. `warnings` are sentences for just
     before step 1. `identity` names everything that the batches are a function of, `fingerprint` sums it up.
-    `phase_ends`: of every phase but the last.
+    `phase_ends`: of every phase but the last. `told_prepared` says what was found of windows prepared ahead.
     """
 
     maker: WindowMaker
@@ -62,6 +64,7 @@ class Stream:
     output_dir: str | None
     plan: MixturePlan | None = None
     phase_ends: tuple[PhaseEnd, ...] = ()
+    told_prepared: str = ""
 
     @property
     def steps_per_run(self) -> int | None:
@@ -232,7 +235,9 @@ class Stream:
         return taken
 
     def _report(self, window: Window) -> None:
-        """Bad rows met while streaming: those of large data, which no pass has seen before."""
+        """Bad rows met while streaming: those of large data, which no pass has seen before; and a window's note."""
+        if window.note:
+            _warn_once(window.note)
         if window.bad and self.on_bad_row == "error":
             raise ValueError(f"{window.bad[0][2]}; repair it, or set data.on_bad_row=skip to go on without such rows")
         exact = all(s.exact for s in self.funnel.sources)
@@ -274,7 +279,14 @@ class Stream:
             lines.append(self.plan.table())
         if self.fill is not None:
             lines.append(f"{self.maker.rows.describe(self.fill)}; {self.lanes} lanes")
+        if self.told_prepared:
+            lines.append(self.told_prepared)
         return "\n".join(lines)
+
+
+@functools.lru_cache(maxsize=1024)  # a shard has many windows, and one note does for all
+def _warn_once(note: str) -> None:
+    print(f"warning: {note}", file=sys.stderr, flush=True)
 
 
 def _tokens_of_all(rows: Sequence[int], made: HostBatch, exchange: Exchange) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,7 +32,8 @@ class Window(NamedTuple):
     """A packed window: its examples end to end, whose they are, and its rows.
 
     `joined`: arrays [sum of lengths]; `lengths` int64 [examples sides]; `ids` int64 [examples 3] of (source, row,
-    epoch); row r holds examples `order[splits[r]:splits[r + 1]]`. `bad`: (source, row, message).
+    epoch); row r holds examples `order[splits[r]:splits[r + 1]]`. `bad`: (source, row, message). `note`: what the
+    trainer should tell of it, once.
     """
 
     joined: Example | Pair
@@ -41,11 +42,23 @@ class Window(NamedTuple):
     order: np.ndarray
     splits: np.ndarray
     bad: tuple[tuple[int, int, str], ...]
+    note: str = ""
+
+
+class PreparedWindows(Protocol):
+    """Windows made beforehand; see `data.prepared`."""
+
+    def find(self, maker: "WindowMaker", number: int) -> tuple[Window | None, str]:
+        """The window, None where it was not made or cannot be used; then with what to tell of it, if anything."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowMaker:
-    """Makes any window by its number; what workers run. `readers` has one for each leaf of the mixture."""
+    """Makes any window by its number; what workers run. `readers` has one for each leaf of the mixture.
+
+    Windows that are `prepared` are read, the others made.
+    """
 
     readers: tuple[RowReader, ...]
     draws: mixture.Mixture | mixture.InOrder
@@ -54,6 +67,7 @@ class WindowMaker:
     size: int
     rows: Rows
     seed: int
+    prepared: PreparedWindows | None = None
 
     @property
     def per_epoch(self) -> int:
@@ -122,6 +136,13 @@ class WindowMaker:
         return self.rows.pack(lengths, seed=self.seed, window=window)
 
     def make(self, window: int) -> Window:
+        """A window: as it was prepared, else made now."""
+        if self.prepared is None:
+            return self.make_anew(window)
+        found, note = self.prepared.find(self, window)
+        return self.make_anew(window)._replace(note=note) if found is None else found
+
+    def make_anew(self, window: int) -> Window:
         """Reads, renders, tokenises and packs a window."""
         draws = self.draw(window)
         results: list[Any] = [None] * len(draws.source)

@@ -18,7 +18,7 @@ from huggingface_hub import errors as hub_errors
 
 from jaxtune import hub
 from jaxtune.config_data import SourceConfig
-from jaxtune.data.files import readers, spooling
+from jaxtune.data.files import readers, spooling, streams
 from jaxtune.data.files.line_index import BOM
 from jaxtune.data.files.readers import Concatenated, Source
 from jaxtune.data.files.spool import digest_of, forget, remote_stamp, spooled, stamp_of
@@ -34,6 +34,8 @@ def open_source(config: SourceConfig, *, cache_dir: str | None = None) -> Source
     if config.path is None:
         raise ValueError(f"source {config.id!r} has no path of its own; a group is opened member by member")
     cache = cache_dir or hub.cache_dir()
+    if config.streaming:
+        return streams.open_stream_of_rows(config, cache)
     path = os.path.expanduser(config.path)
     if os.path.isdir(path) and any(os.path.exists(os.path.join(path, f)) for f in ("state.json", "dataset_dict.json")):
         return HubDataset(*_choose_split(datasets.load_from_disk(path), config), path=config.path)
