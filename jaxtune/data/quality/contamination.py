@@ -6,6 +6,7 @@ a question. A benchmark text of five words up to n - 1 is found where a row's te
 ones ("Yes", "New York") never are.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,7 @@ _VERSION = "1"
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _PARTS = re.compile(f"{_UNSPACED.pattern}|{_UNSPACED.pattern.replace('[', '[^', 1)}+")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_NOT_A_WORD = np.uint64(0)
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying loses nothing
+_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 
 
 class _Found(NamedTuple):
@@ -49,11 +49,10 @@ class Benchmarks:
         fingerprints = [source.fingerprint for source in self._sources]
         said = "\0".join([_VERSION, str(ngram), str(LEAST_WORDS), str(COMMON), *fingerprints])
         self.key = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
-        # Words of no benchmark end a run, so that most rows are done with after one look-up a word.
-        self._words: dict[str, np.uint64] = {}
+        known: dict[str, int] = {}
         runs, wholes = [], []
         for file, source in enumerate(self._sources):
-            run, whole = self._read(source)
+            run, whole = self._read(source, known)
             if not len(run[0]) and not len(whole[0]):
                 raise ValueError(
                     f"{paths[file]}: found no text of {LEAST_WORDS} words or more; expected a benchmark's rows"
@@ -61,14 +60,17 @@ class Benchmarks:
             runs.append((file, run))
             wholes.append((file, whole))
         self._runs, self._wholes = _joined(runs), _joined(wholes)
+        # Of a row's words it is asked which number they have, and 0, of a word in no benchmark, ends a run.
+        self._numbers = {word: number for number, word in enumerate(known, 1)}
+        self._hashes = np.array([0, *known.values()], np.uint64)
 
     def found(self, texts: Sequence[str]) -> tuple[str, str] | None:
-        """Where the words of a row stand in a benchmark (`file:line`), and the longest such run; None without any."""
+        """Where words of a row stand in a benchmark (`file:line`), and these words; None where there are none."""
         for text in texts:
             words = _words(text)
             if len(words) < LEAST_WORDS:
                 continue
-            hashes = np.array([self._words.get(word, _NOT_A_WORD) for word in words], np.uint64)
+            hashes = self._hashes[[self._numbers.get(word, 0) for word in words]]
             if len(words) < self.ngram:
                 at = _index(self._wholes.hashes, _hash_of_all(hashes)) if hashes.all() else -1
                 if at >= 0:
@@ -99,7 +101,9 @@ class Benchmarks:
             last = start
         return int(at[hits[0]]), first, last + n
 
-    def _read(self, source: Source) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    def _read(
+        self, source: Source, known: dict[str, int]
+    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """The hashes of a benchmark's runs and of its short texts, each with its row; no text counts twice."""
         n, seen = self.ngram, set()
         runs: list[np.ndarray] = []
@@ -110,7 +114,7 @@ class Benchmarks:
                 words = _words(text)
                 if len(words) < LEAST_WORDS:
                     continue
-                hashes = np.array([self._hash_of(word) for word in words], np.uint64)
+                hashes = np.array([_learned(word, known) for word in words], np.uint64)
                 whole = _hash_of_all(hashes)
                 if whole in seen:
                     continue
@@ -128,12 +132,6 @@ class Benchmarks:
         once, first, texts = np.unique(hashes, return_index=True, return_counts=True)
         rare = texts <= COMMON
         return (once[rare], rows[first[rare]]), short
-
-    def _hash_of(self, word: str) -> np.uint64:
-        if word not in self._words:
-            digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-            self._words[word] = np.uint64(int.from_bytes(digest, "little") or 1)
-        return self._words[word]
 
     def _where(self, found: _Found, at: int) -> str:
         return self._sources[found.files[at]].where(int(found.rows[at]))
@@ -167,13 +165,31 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _hashes_of_runs(words: np.ndarray, n: int) -> np.ndarray:
-    """A hash of every n words in a row, uint64 [W - n + 1]."""
-    count = len(words) - n + 1
-    out = np.zeros(count, np.uint64)
-    for k in range(n):
-        out = (out + words[k : k + count]) * _FACTOR
-        out ^= out >> np.uint64(29)
-    return out
+    """A hash of every n words in a row, uint64 [W - n + 1]: sum of w_k p^k, as a difference of two running sums."""
+    powers, inverses = _powers(1 << len(words).bit_length())
+    sums = np.zeros(len(words) + 1, np.uint64)
+    np.cumsum(words * powers[: len(words)], out=sums[1:])
+    return (sums[n:] - sums[:-n]) * inverses[: len(words) - n + 1]
+
+
+@functools.lru_cache(maxsize=24)
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """p^k and p^-k modulo 2^64 for k below `count`."""
+
+    def of(base: int) -> np.ndarray:
+        factors = np.full(count, base, np.uint64)
+        factors[0] = 1
+        return np.cumprod(factors, dtype=np.uint64)
+
+    return of(_BASE), of(pow(_BASE, -1, 1 << 64))
+
+
+def _learned(word: str, known: dict[str, int]) -> int:
+    """The hash of a word, kept in `known`."""
+    if word not in known:
+        digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        known[word] = int.from_bytes(digest, "little") or 1
+    return known[word]
 
 
 def _hash_of_all(words: np.ndarray) -> int:
