@@ -57,7 +57,7 @@ IMPORTS_INSIDE_FUNCTIONS = (
     "plan.__main__",
     "doctor",
     "prepare",
-    "audit",
+    "audit.__main__",
     "generate",
     "chat",
     "evaluate.__main__",

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from jaxtune.data.chat.rendering import ChatTemplate, Rendered
 from jaxtune.data.files.readers import Source
 from jaxtune.data.gate import Gate
 from jaxtune.data.layouts.formats import Layout
-from jaxtune.data.packing import Example, Pair
+from jaxtune.data.packing import Example
 from jaxtune.data.reasoning import apply_reasoning, marked_answers
 from jaxtune.data.records import Conversation, Message, NothingToLearn, RowError
 from jaxtune.data.row_results import HELD_OUT, NOT_TRAINED, OVERLONG, Examined, Hashes, RowResult, Waiting, fail

@@ -33,8 +33,8 @@ class RowTable:
     sides], int32: of the sequence, or of encoder and decoder.
 
     `epochs` int64 [n] where a row's examples depend on the epoch, else None; entries ascend by epoch, then by row.
-    `reason` indexes `reasons`, whose entry 0 is for rows without loss; `stage` is the number in row_results.STAGES, from
-    1, of what (part of) the row did not reach; `messages` tells each bad row's full story.
+    `reason` indexes `reasons`, whose entry 0 is for rows without loss; `stage` is the number, from 1, of that of
+    row_results.STAGES which (part of) the row did not reach; `messages` tells each bad row's full story.
     """
 
     rows: np.ndarray

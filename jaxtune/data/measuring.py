@@ -10,6 +10,7 @@ from jaxtune import hub
 from jaxtune.config import Config
 from jaxtune.data import funnel, lengths
 from jaxtune.data.leaves import Opener, OpenLeaf
+from jaxtune.data.leaving_out import gates
 from jaxtune.data.lengths import Progress, Wanted
 from jaxtune.data.mixing import mixture, tree
 from jaxtune.data.stream import QUARANTINE, quarantine
@@ -75,7 +76,11 @@ class Opening:
 
     def gated(self, leaves: Sequence[OpenLeaf]) -> tuple[OpenLeaf, ...]:
         """The leaves without what `data` says to leave out."""
-        return tuple(leaves)
+        cache = self.cache_dir or hub.cache_dir()
+        found, self.warnings = gates(self.config, leaves, cache_dir=cache, progress=self.progress)
+        return tuple(
+            dataclasses.replace(leaf, reader=leaf.reader.gated(gate)) for leaf, gate in zip(leaves, found, strict=True)
+        )
 
     def is_exact(self, leaves: Sequence[OpenLeaf]) -> bool:
         """Whether every row is read before step 1."""

@@ -1,0 +1,134 @@
+"""What is noted of each row while all are read: numbers only, so that millions of rows fit in memory."""
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxtune.data.quality.defects import DEFECTS, DefectFinder
+from jaxtune.data.quality.difficulty import difficulty
+from jaxtune.data.quality.duplicates import exact_key
+from jaxtune.data.quality.exchanges import Exchange, exchanges
+from jaxtune.data.quality.kinds import KINDS, better_kind_of, kind_of
+from jaxtune.data.quality.languages import languages
+from jaxtune.data.quality.scores import Scores, copies_instruction, is_refusal, score, shows_steps
+from jaxtune.data.records import Conversation
+from jaxtune.data.row_results import Examined
+from jaxtune.data.row_texts import row_key, texts_of_all
+
+UNASKED = len(KINDS)  # the kind of rows without an instruction: raw text, unreadable rows
+# `key`: what the row says, 0 where it cannot be read; `asked`: its first instruction; `turns`: exchanges.
+FACTS = np.dtype(
+    [
+        ("key", np.uint64),
+        ("asked", np.uint64),
+        ("kind", np.uint8),
+        ("better_kind", np.uint8),
+        ("turns", np.uint16),
+        ("words", np.uint32),
+        ("steps", np.uint16),
+        ("constraints", np.uint16),
+        ("refuses", np.bool_),
+        ("copies", np.bool_),
+        ("reasons", np.bool_),
+        ("scores", np.float32, (len(Scores._fields),)),
+        ("language", "S3"),
+        ("defects", np.uint32),  # a bit for each of defects.DEFECTS
+    ]
+)
+
+
+class Facts(NamedTuple):
+    """The facts of rows [n], and the lengths of their trained answers in tokens, int32 [answers], with the row of each.
+
+    `categories` counts what rows say of themselves in a column `category`, as Dolly's do.
+    """
+
+    rows: np.ndarray
+    answers: np.ndarray
+    answer_rows: np.ndarray
+    categories: collections.Counter[str]
+
+
+def facts_of(examined: Sequence[Examined], *, defects: DefectFinder, with_languages: bool) -> Facts:
+    """The facts of some rows, in their order."""
+    rows = np.zeros(len(examined), FACTS)
+    rows["kind"] = rows["better_kind"] = UNASKED
+    categories: collections.Counter[str] = collections.Counter()
+    spoken: list[str] = []
+    speaking: list[int] = []
+    for i, (_, conversations) in enumerate(examined):
+        if not conversations:
+            continue
+        rows["key"][i] = row_key(texts_of_all(conversations)) or 0
+        found = {name for conversation in conversations for name in defects.find(conversation)}
+        rows["defects"][i] = sum(1 << DEFECTS.index(name) for name in found)
+        asked = exchanges(conversations[0])
+        if asked:
+            _note(rows[i], asked)
+        categories.update(str(c.meta["category"]) for c in conversations if "category" in c.meta)
+        speaking.append(i)
+        spoken.append(_spoken(conversations[0]))
+    if with_languages and spoken:
+        rows["language"][speaking] = np.array(languages(spoken), "S3")
+    answers, owners = _answers(examined)
+    return Facts(rows, answers, owners, categories)
+
+
+def with_defect(rows: np.ndarray, name: str) -> np.ndarray:
+    """Whether each of some rows has a defect, bool [n]."""
+    return (rows["defects"] >> np.uint32(DEFECTS.index(name))) & np.uint32(1) == 1
+
+
+def joined(blocks: Sequence[Facts]) -> Facts:
+    """The facts of blocks of rows, one after another."""
+    firsts = np.cumsum([0, *(len(block.rows) for block in blocks)])
+    categories: collections.Counter[str] = collections.Counter()
+    for block in blocks:
+        categories.update(block.categories)
+    owners = [block.answer_rows + first for block, first in zip(blocks, firsts[:-1], strict=True)]
+    return Facts(
+        np.concatenate([np.zeros(0, FACTS), *(block.rows for block in blocks)]),
+        np.concatenate([np.zeros(0, np.int32), *(block.answers for block in blocks)]),
+        np.concatenate([np.zeros(0, np.int64), *owners]),
+        categories,
+    )
+
+
+def _note(row: np.void, asked: Sequence[Exchange]) -> None:
+    """The facts of a conversation: of its first instruction, and over all its exchanges."""
+    first = asked[0]
+    row["asked"] = exact_key([first.instruction, first.context])
+    row["kind"] = KINDS.index(kind_of(first.instruction))
+    row["better_kind"] = KINDS.index(better_kind_of(first.instruction))
+    row["turns"] = min(len(asked), np.iinfo(np.uint16).max)
+    hard = difficulty(first)
+    row["words"] = hard.words
+    row["steps"], row["constraints"] = min(hard.steps, 65535), min(hard.constraints, 65535)
+    row["refuses"] = any(is_refusal(one.response) for one in asked)
+    row["copies"] = any(copies_instruction(one) for one in asked)
+    row["reasons"] = any(shows_steps(one.response) for one in asked)
+    row["scores"] = np.mean([score(one) for one in asked], axis=0, dtype=np.float64)
+
+
+def _spoken(conversation: Conversation) -> str:
+    """What tells the language: what is answered first, else what is asked."""
+    said = [m.content for m in conversation.messages if m.role in ("assistant", "text") and m.content.strip()]
+    return " ".join([*said[:1], *(m.content for m in conversation.messages if m.role == "user")])[:500]
+
+
+def _answers(examined: Sequence[Examined]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each trained answer (runs of targets with a weight), int32, and the row of each, int64."""
+    owners, weights = [], []
+    for i, (result, _) in enumerate(examined):
+        for example in result.examples:
+            weights += [example.weights > 0, np.zeros(1, np.bool_)]  # a gap, so that runs end with their example
+            owners.append((i, len(example.weights) + 1))
+    if not weights:
+        return np.zeros(0, np.int32), np.zeros(0, np.int64)
+    trained = np.concatenate([np.zeros(1, np.bool_), *weights]).astype(np.int8)
+    edges = np.diff(trained)
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    of = np.repeat([i for i, _ in owners], [n for _, n in owners])
+    return (ends - starts).astype(np.int32), of[starts].astype(np.int64)

@@ -1,0 +1,204 @@
+"""Rows that a run leaves out on purpose, found before any is rendered: duplicates, benchmarks' texts, verdicts.
+
+Rows are compared by what they say, over all sources; of those alike the first is kept, in the order of the sources.
+Leaves that read one source (styles, templates) leave out the same rows of it.
+"""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxtune.config import Config
+from jaxtune.data.examples import RowReader
+from jaxtune.data.gate import Gate
+from jaxtune.data.leaves import OpenLeaf
+from jaxtune.data.lengths import Progress
+from jaxtune.data.quality.contamination import Benchmarks
+from jaxtune.data.quality.duplicates import first_of_equal
+from jaxtune.data.quality.filters import Filters
+from jaxtune.data.quality.near import near_duplicates
+from jaxtune.data.records import Message
+from jaxtune.data.row_texts import row_key, texts_of
+from jaxtune.data.saved_arrays import digest_of, read_arrays, write_arrays
+from jaxtune.data.verdicts import Verdict, read_verdicts
+
+EXACT, NEAR, IN_BENCHMARK = "exact duplicate", "near duplicate", "in a benchmark"
+_VERSION = "1"  # of what rows are compared by
+_BLOCK = 4096
+
+
+class AllRows:
+    """The rows of several readers, numbered on through them; readers of one source count once."""
+
+    def __init__(self, readers: Sequence[RowReader]) -> None:
+        self.names = [digest_of(r.source.fingerprint, repr(r.layout), str(_is_worded(r))) for r in readers]
+        self.readers: dict[str, RowReader] = {}
+        for name, reader in zip(self.names, readers, strict=True):
+            self.readers.setdefault(name, reader)
+        self.firsts = np.cumsum([0, *(len(reader.source) for reader in self.readers.values())])
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    @property
+    def key(self) -> str:
+        """Names the rows and how they are read."""
+        return digest_of(_VERSION, *self.readers)
+
+    def place(self, number: int) -> tuple[RowReader, int]:
+        """The reader and the row of a number."""
+        at = int(np.searchsorted(self.firsts, number, side="right")) - 1
+        return list(self.readers.values())[at], number - int(self.firsts[at])
+
+    def where(self, number: int) -> str:
+        """`file:line` of a row."""
+        reader, row = self.place(number)
+        return reader.source.where(row)
+
+    def texts(self, numbers: Sequence[int]) -> list[str]:
+        """What each of these rows says, as one text."""
+        return ["\n".join(texts_of(*self.place(int(number)))) for number in numbers]
+
+    def by_source(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of each source, int64 ascending, of ascending numbers."""
+        cuts = np.searchsorted(numbers, self.firsts)
+        return {
+            name: numbers[cuts[i] : cuts[i + 1]] - self.firsts[i]
+            for i, name in enumerate(self.readers)
+            if cuts[i + 1] > cuts[i]
+        }
+
+
+def gates(
+    config: Config, leaves: Sequence[OpenLeaf], *, cache_dir: str, progress: Progress | None = None
+) -> tuple[list[Gate], list[str]]:
+    """What is left out of each leaf by data.quality, data.dedup, data.decontaminate and data.verdicts; and warnings.
+
+    Raises ValueError for a file of verdicts or a benchmark that cannot be read.
+    """
+    data = config.data
+    filters = Filters(data.quality) if data.quality.is_set else None
+    plain = [Gate(filters=filters) for _ in leaves]
+    if data.dedup == "keep" and not data.decontaminate.paths and data.verdicts is None:
+        return plain, []
+    rows = AllRows([leaf.reader for leaf in leaves])
+    found: dict[str, np.ndarray] = {}
+    verdicts = read_verdicts(data.verdicts) if data.verdicts is not None else {}
+    keys = row_keys(rows, cache_dir=cache_dir, progress=progress)
+    judged = {int(i): verdicts[key] for i, key in _matching(keys, verdicts)}
+    for number, verdict in judged.items():
+        if verdict.left_out:
+            found[verdict.left_out] = np.append(found.get(verdict.left_out, np.zeros(0, np.int64)), number)
+    if data.dedup != "keep":
+        found[EXACT] = duplicates_of(keys)[0]
+    if data.dedup == "near":
+        near = near_first(rows, keys, cache_dir=cache_dir, progress=progress)
+        found[NEAR] = np.flatnonzero(near >= 0)
+    if data.decontaminate.paths:
+        benchmarks = Benchmarks(data.decontaminate.paths, ngram=data.decontaminate.ngram, cache_dir=cache_dir)
+        found[IN_BENCHMARK] = contaminated(rows, benchmarks, cache_dir=cache_dir, progress=progress)
+    stale = len(verdicts) - len({verdict.key for verdict in judged.values()})
+    warnings = (
+        [f"data.verdicts: {stale:,} of {len(verdicts):,} verdicts are on rows that are not there"] if stale else []
+    )
+    by_reason = {reason: rows.by_source(np.sort(numbers)) for reason, numbers in found.items()}
+    corrections = _corrections(rows, judged)
+    gated = [
+        dataclasses.replace(
+            gate,
+            left_out={reason: of[name] for reason, of in by_reason.items() if name in of},
+            corrected={} if _is_worded(leaf.reader) else corrections.get(name, {}),
+        )
+        for gate, leaf, name in zip(plain, leaves, rows.names, strict=True)
+    ]
+    return gated, warnings
+
+
+def row_keys(rows: AllRows, *, cache_dir: str, progress: Progress | None = None) -> np.ndarray:
+    """The key of each row, uint64 [n], 0 for rows that cannot be read; from the cache, or by reading them."""
+    path = os.path.join(cache_dir, "left_out", f"keys-{rows.key}.npz")
+    saved = read_arrays(path)
+    if saved is not None and "keys" in saved and len(saved["keys"]) == len(rows):
+        return saved["keys"]
+    keys, number = np.zeros(len(rows), np.uint64), 0
+    for reader in rows.readers.values():
+        for row in range(len(reader.source)):
+            keys[number] = row_key(texts_of(reader, row)) or 0
+            number += 1
+            if progress is not None and number % _BLOCK == 0:
+                progress(number, len(rows))
+    write_arrays(path, {"keys": keys})
+    return keys
+
+
+def duplicates_of(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows that say what an earlier row says, and those of the earlier ones, int64 ascending."""
+    readable = np.flatnonzero(keys != 0)
+    first = first_of_equal(keys[readable])
+    again = np.flatnonzero(first >= 0)
+    return readable[again], readable[first[again]]
+
+
+def near_first(
+    rows: AllRows, keys: np.ndarray, *, cache_dir: str, progress: Progress | None = None, workers: int = 1
+) -> np.ndarray:
+    """For each row the first that says nearly the same, int64 [n]; -1 for none, and for exact duplicates."""
+    path = os.path.join(cache_dir, "left_out", f"near-{rows.key}.npz")
+    saved = read_arrays(path)
+    if saved is not None and "first" in saved and len(saved["first"]) == len(rows):
+        return saved["first"]
+    alone = np.setdiff1d(np.flatnonzero(keys != 0), duplicates_of(keys)[0])
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        near = near_duplicates(
+            lambda numbers: rows.texts(alone[np.asarray(numbers)]), len(alone), folder=folder, progress=progress,
+            workers=workers,
+        )  # fmt: skip
+    first = np.full(len(rows), -1, np.int64)
+    found = np.flatnonzero(near >= 0)
+    first[alone[found]] = alone[near[found]]
+    write_arrays(path, {"first": first})
+    return first
+
+
+def contaminated(
+    rows: AllRows, benchmarks: Benchmarks, *, cache_dir: str, progress: Progress | None = None
+) -> np.ndarray:
+    """Numbers of the rows that share words with a benchmark, int64 ascending."""
+    path = os.path.join(cache_dir, "left_out", f"benchmarks-{digest_of(rows.key, benchmarks.key)}.npz")
+    saved = read_arrays(path)
+    if saved is not None and "rows" in saved:
+        return saved["rows"]
+    found, number = [], 0
+    for reader in rows.readers.values():
+        for row in range(len(reader.source)):
+            if benchmarks.found(texts_of(reader, row)) is not None:
+                found.append(number)
+            number += 1
+            if progress is not None and number % _BLOCK == 0:
+                progress(number, len(rows))
+    write_arrays(path, {"rows": np.array(found, np.int64)})
+    return np.array(found, np.int64)
+
+
+def _matching(keys: np.ndarray, verdicts: Mapping[int, Verdict]) -> list[tuple[int, int]]:
+    """(row number, key) of the rows that have a verdict."""
+    wanted = np.array(sorted(verdicts), np.uint64)
+    return [(int(i), int(keys[i])) for i in np.flatnonzero(np.isin(keys, wanted))] if len(wanted) else []
+
+
+def _corrections(rows: AllRows, judged: Mapping[int, Verdict]) -> dict[str, dict[int, tuple[Message, ...]]]:
+    out: dict[str, dict[int, tuple[Message, ...]]] = {}
+    names = list(rows.readers)
+    for number, verdict in judged.items():
+        if verdict.messages:
+            at = int(np.searchsorted(rows.firsts, number, side="right")) - 1
+            out.setdefault(names[at], {})[number - int(rows.firsts[at])] = verdict.messages
+    return out
+
+
+def _is_worded(reader: RowReader) -> bool:
+    return reader.phrasing is not None and reader.phrasing.reads_fields
