@@ -447,6 +447,39 @@ def read_of_mixtures(base: str, data: str, folder: pathlib.Path) -> None:
     train(from_tree(tree))
 
 
+def leave_rows_out(base: str, folder: pathlib.Path) -> None:
+    """Opens a run that leaves rows out in every way there is."""
+    rows = [
+        {"instruction": f"name the colour of {i}", "output": f"it is {'red' if i % 2 else 'green'}"} for i in range(24)
+    ]
+    data = tiny_runs.write_rows(folder / "left_out.jsonl", rows)
+    benchmark = tiny_runs.write_rows(folder / "benchmark.jsonl", [{"question": "what stands between the two old oaks"}])
+    (folder / "verdicts.json").write_text('{"verdicts": []}')
+    tree = {
+        "model": {"path": base},
+        "output": str(folder / "left"),
+        "train": {"steps": 1, "batch_rows": 8},
+        "data": {
+            "train": [{"path": str(data)}],
+            "max_length": 128,
+            "dedup": "near",
+            "decontaminate": {"paths": [str(benchmark)], "ngram": 8},
+            "verdicts": str(folder / "verdicts.json"),
+            "quality": {
+                "min": 0.1,
+                "min_scores": {"clarity": 0.1},
+                "drop": ["purple"],
+                "instruction_words": [1, 50],
+                "response_words": [1, None],
+                "languages": ["en", "und"],
+                "max_harm": 1.0,
+                "custom": "operator:truth",
+            },
+        },
+    }
+    train(from_tree(tree))
+
+
 def test_no_key_is_accepted_and_ignored(keys_read, tmp_path, monkeypatch):
     base = tiny_runs.write_model(tmp_path / "base")
     data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(24))
@@ -464,6 +497,7 @@ def test_no_key_is_accepted_and_ignored(keys_read, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     read_of_mixtures(str(base), str(data), tmp_path)
+    leave_rows_out(str(base), tmp_path)
     streamed = ("data.train.0.streaming=true", "data.train.0.take=16", "--workers=1")
     assert prepare.main([*tiny_runs.words(base, data, tmp_path / "streamed"), *streamed]) == 0
     monkeypatch.setattr(loop.MetricsLog, "write", stop)

@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,8 @@ UNASKED = len(KINDS)  # the kind of rows without an instruction: raw text, unrea
 FACTS = np.dtype(
     [
         ("key", np.uint64),
+        ("defects", np.uint32),  # a bit for each of defects.DEFECTS
+        ("language", "S3"),
         ("asked", np.uint64),
         ("kind", np.uint8),
         ("better_kind", np.uint8),
@@ -33,10 +35,10 @@ FACTS = np.dtype(
         ("copies", np.bool_),
         ("reasons", np.bool_),
         ("scores", np.float32, (len(Scores._fields),)),
-        ("language", "S3"),
-        ("defects", np.uint32),  # a bit for each of defects.DEFECTS
     ]
 )
+_UNASKED = (0, UNASKED, UNASKED, *[0] * 4, *[False] * 3, (0.0,) * len(Scores._fields))
+_NOTHING = (0, 0, b"", *_UNASKED)
 
 
 class Facts(NamedTuple):
@@ -53,23 +55,21 @@ class Facts(NamedTuple):
 
 def facts_of(examined: Sequence[Examined], *, defects: DefectFinder, with_languages: bool) -> Facts:
     """The facts of some rows, in their order."""
-    rows = np.zeros(len(examined), FACTS)
-    rows["kind"] = rows["better_kind"] = UNASKED
+    noted = []
     categories: collections.Counter[str] = collections.Counter()
     spoken: list[str] = []
     speaking: list[int] = []
     for i, (_, conversations) in enumerate(examined):
         if not conversations:
+            noted.append(_NOTHING)
             continue
-        rows["key"][i] = row_key(texts_of_all(conversations)) or 0
         found = {name for conversation in conversations for name in defects.find(conversation)}
-        rows["defects"][i] = sum(1 << DEFECTS.index(name) for name in found)
-        asked = exchanges(conversations[0])
-        if asked:
-            _note(rows[i], asked)
+        bits = sum(1 << DEFECTS.index(name) for name in found)
+        noted.append((row_key(texts_of_all(conversations)) or 0, bits, b"", *_asked(exchanges(conversations[0]))))
         categories.update(str(c.meta["category"]) for c in conversations if "category" in c.meta)
         speaking.append(i)
         spoken.append(_spoken(conversations[0]))
+    rows = np.array(noted, FACTS)
     if with_languages and spoken:
         rows["language"][speaking] = np.array(languages(spoken), "S3")
     answers, owners = _answers(examined)
@@ -96,20 +96,26 @@ def joined(blocks: Sequence[Facts]) -> Facts:
     )
 
 
-def _note(row: np.void, asked: Sequence[Exchange]) -> None:
-    """The facts of a conversation: of its first instruction, and over all its exchanges."""
+def _asked(asked: Sequence[Exchange]) -> tuple[Any, ...]:
+    """The facts of a conversation's exchanges: of its first instruction, and over all of them."""
+    if not asked:
+        return _UNASKED
     first = asked[0]
-    row["asked"] = exact_key([first.instruction, first.context])
-    row["kind"] = KINDS.index(kind_of(first.instruction))
-    row["better_kind"] = KINDS.index(better_kind_of(first.instruction))
-    row["turns"] = min(len(asked), np.iinfo(np.uint16).max)
     hard = difficulty(first)
-    row["words"] = hard.words
-    row["steps"], row["constraints"] = min(hard.steps, 65535), min(hard.constraints, 65535)
-    row["refuses"] = any(is_refusal(one.response) for one in asked)
-    row["copies"] = any(copies_instruction(one) for one in asked)
-    row["reasons"] = any(shows_steps(one.response) for one in asked)
-    row["scores"] = np.mean([score(one) for one in asked], axis=0, dtype=np.float64)
+    scores = [score(one) for one in asked]
+    return (
+        exact_key([first.instruction, first.context]),
+        KINDS.index(kind_of(first.instruction)),
+        KINDS.index(better_kind_of(first.instruction)),
+        min(len(asked), 65535),
+        hard.words,
+        min(hard.steps, 65535),
+        min(hard.constraints, 65535),
+        any(is_refusal(one.response) for one in asked),
+        any(copies_instruction(one) for one in asked),
+        any(shows_steps(one.response) for one in asked),
+        tuple(scores[0]) if len(scores) == 1 else tuple(sum(of) / len(scores) for of in zip(*scores, strict=True)),
+    )
 
 
 def _spoken(conversation: Conversation) -> str:

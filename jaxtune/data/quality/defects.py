@@ -6,11 +6,11 @@ and never drop: `data.quality.drop` takes patterns for that.
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
-from jaxtune.data.records import Conversation
+from jaxtune.data.records import Conversation, Message
 
 # UTF-8 read as Windows-1252 or Latin-1: é as Ã©, ’ as â€™, a no-break space as Â before it.
 _MOJIBAKE = re.compile(
@@ -118,31 +118,34 @@ class DefectFinder:
 
     def find(self, conversation: Conversation) -> list[str]:
         """The names of the defects of a conversation, in the order of DEFECTS."""
-        found = {name for m in conversation.messages for name in self._of_text(m.content)}
-        answers = [m.content for m in conversation.messages if m.role == "assistant"]
-        found |= {name for name, rule in OF_ANSWERS.items() if any(map(rule, answers))}
-        asked = [m for m in conversation.messages if m.role == "user"]
-        if any(m.is_blank for m in asked):
-            found.add(EMPTY_QUESTION)
+        found: set[str] = set()
+        asked: list[Message] = []
+        for message in conversation.messages:
+            text = message.content
+            found.update([name for name, rule in OF_TEXTS.items() if rule(text)])
+            for token in self.special:
+                if token in text:
+                    found.add(SPECIAL)
+            if message.role == "assistant":
+                found.update([name for name, rule in OF_ANSWERS.items() if rule(text)])
+            elif message.role == "user":
+                asked.append(message)
+        for message in asked:
+            if message.is_blank:
+                found.add(EMPTY_QUESTION)
+            context = message.fields.get("input")
+            if context and _NO_INPUT.search(context):
+                found.add(NO_INPUT)
+            if context and _is_not_there(context):
+                found.add(NOT_THERE)
         if len(asked) > 1 and len({" ".join(m.content.split()) for m in asked}) < len(asked):
             found.add(SAME_QUESTION)
-        for context in (m.fields.get("input", "") for m in asked):
-            if _NO_INPUT.search(context):
-                found.add(NO_INPUT)
-            if _is_not_there(context):
-                found.add(NOT_THERE)
-        return [name for name in DEFECTS if name in found]
-
-    def _of_text(self, text: str) -> Sequence[str]:
-        found = [name for name, rule in OF_TEXTS.items() if rule(text)]
-        if any(token in text for token in self.special):
-            found.append(SPECIAL)
-        return found
+        return [name for name in DEFECTS if name in found] if found else []
 
 
 def _is_not_there(context: str) -> bool:
     """Whether a question's passage is but a link or a picture, which no model reads."""
-    if not context or len(context) > 400:
+    if len(context) > 400:
         return False
     if _PICTURE.search(context):
         return True
