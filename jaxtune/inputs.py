@@ -73,23 +73,9 @@ def open_inputs(config: Config, output: str, terminal: Terminal) -> tuple[Inputs
 
 def open_training_data(config: Config, terminal: Terminal) -> tuple[Stream, Config]:
     """Opens the training stream as a run would, without weights and without writing anything of a run."""
-    _, config, options = _opened_model(config, needs_weights=False)
+    reading, config = open_reading(config, needs_weights=False)
     with terminal.counting("reading the training data") as progress:
-        return open_stream(config, **options, progress=progress), config
-
-
-def _opened_model(config: Config, *, needs_weights: bool) -> tuple[HFFolder, Config, dict[str, Any]]:
-    """Returns the model's folder, the configuration with its open values filled in, and what opens streams."""
-    path = hub.resolve_folder(config.model.path, config.model.revision)
-    base = open_folder(path, needs_weights=needs_weights)
-    tokenizer = load_tokenizer(path)
-    model = assembly.model_config(base)
-    _check_vocabulary(tokenizer, model.vocab_size, base.path)
-    config = _filled_in(config, model, tokenizer, base.path)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "max_length": config.data.max_length}
-    if model.is_encoder_decoder:
-        options |= {"encoder_length": config.data.encoder_length, "start_token": model.start_token}
-    return base, config, options
+        return open_stream(config, **reading.options, progress=progress), config
 
 
 def _filled_in(config: Config, model: Any, tokenizer: Any, where: str) -> Config:

@@ -152,7 +152,8 @@ def process_start(pid: int) -> str | None:
     """Returns what tells a process from a later one of the same number, or None when there is no such process."""
     stat = pathlib.Path(f"/proc/{pid}/stat")
     if stat.exists():
-        return stat.read_text().rpartition(")")[2].split()[19]  # proc(5), field 22: start in ticks since boot
+        state, *fields = stat.read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]  # proc(5), field 22: start in ticks since boot; Z and X are dead
     if pathlib.Path("/proc/self").exists():
         return None
     try:

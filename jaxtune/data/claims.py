@@ -61,6 +61,12 @@ class Claims:
             return True
         return False
 
+    def drop_stale(self) -> None:
+        """Takes away the claims of those that are gone."""
+        for name in self._folder.names():
+            if name.startswith(_CLAIM) and self._is_stale(name):
+                self._remove(name)
+
     def release(self, shard: Shard) -> None:
         """Gives a shard up, made or not."""
         self._remove(f"{_CLAIM}{shard.first:08}-{shard.stop:08}")
@@ -72,8 +78,8 @@ class Claims:
         holder = self._read(name)
         if holder is None:
             return False  # gone meanwhile, or being written: asked for again soon
-        if holder["host"] == self._me["host"]:
-            return process_start(holder["pid"]) != holder["start"]
+        if holder["host"] == self._me["host"] and process_start(holder["pid"]) != holder["start"]:
+            return True
         return time.time() - holder["heartbeat"] > STALE_AFTER_SECONDS
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -103,7 +109,8 @@ class Claims:
 
 
 def clean(folder: Folder, prefix: str) -> None:
-    """Takes away what processes of this host left behind when they were killed in the middle of writing."""
+    """Takes away what killed preparers left behind: their claims, and what those of this host were writing."""
+    Claims(folder).drop_stale()
     if folder.is_remote:
         return
     mine = f"{prefix}{socket.gethostname()}-"

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import random
 import shutil
 
 import numpy as np
@@ -402,6 +403,42 @@ def test_a_claimed_shard_is_left_to_its_claimer_until_that_is_gone(tmp_path):
     (tmp_path / "claim-00000000-00000004").write_text("")  # cut off while it was written
     with Claims(folder) as mine:
         assert mine.take(shard)
+
+
+def test_twenty_kills_leave_a_cache_that_the_next_preparer_completes(open_, prepare, write_rows, tmp_path):
+    """SIGKILL at 20 random moments of the work itself, each on what the one before left; tests/test_prepare_command.py
+    kills the whole command."""
+    config = make_config(write_rows("a.jsonl", pairs(400)), window=8, train={"epochs": 2.0})
+    folder, _, outcome = prepare(config)
+    alone = {name: pathlib.Path(folder.file(name)).read_bytes() for name in folder.names()}
+    shutil.rmtree(folder.path)
+    stream, reached = open_(config), []
+
+    def work():
+        with Claims(folder) as claims:
+
+            def make(maker, where, shards, done):
+                for shard in shards:
+                    assert claims.take(shard)
+                    serially(maker, where, [shard], done)
+                    claims.release(shard)
+
+            preparing.prepare(config, stream, folder, make, say=str, progress=lambda done, total: None)
+
+    chance = random.Random(0)
+    for _ in range(20):
+        worker = multiprocessing.get_context("fork").Process(target=work)
+        worker.start()
+        worker.join(timeout=chance.uniform(0, outcome.seconds / 8))
+        worker.kill()
+        worker.join()
+        for shard in folder.shards():  # what has its name is whole
+            assert prepared.read_summary(folder, shard) is not None
+            assert pathlib.Path(folder.file(shard.name)).read_bytes() == alone[shard.name]
+        reached.append(len(folder.shards()))
+    assert reached == sorted(reached) and reached[5] < len(alone) // 2
+    prepare(config)
+    assert alone == {name: pathlib.Path(folder.file(name)).read_bytes() for name in folder.names()}
 
 
 def test_what_a_killed_preparer_left_is_taken_away(prepare, write_rows):

@@ -1,0 +1,179 @@
+"""Rows per second of `jaxtune.prepare` beside TRL's preparation of the same conversations, in turns.
+
+    python tools/bench/prepare_against_trl.py --data FILE [--data FILE] --tokenizer FOLDER --trl-python PY
+        [--rows 20000] [--workers 2] [--rounds 3]
+
+FILE holds rows of any form that we read (.jsonl, .jsonl.gz); their first questions and answers become the same rows for
+both. PY is an interpreter of an environment with trl (1.16). Both tokenise with FOLDER's tokenizer and one chat template,
+train the answer alone, and pack rows of 2,048 tokens with two processes. TRL is timed from rows in memory to packed rows
+in memory, imports and reading left out. Ours is timed from JSON lines to shards on the disk, the start of its processes
+counted; opening the stream before that, which looks every row over and tells what is lost, is timed apart, and the rate
+"with opening" counts it. Caches are empty. The machine's speed drifts, so ratios are taken within a round.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+LENGTH = 2048
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def single_turns(files: list[str], rows: int) -> Iterator[tuple[str, str]]:
+    """Yields (question, answer) of the first rows that have both, files in turns, each again when it ends."""
+    from jaxtune.config_data import SourceConfig
+    from jaxtune.data.files.sources import open_source
+    from jaxtune.data.layouts import formats
+    from jaxtune.data.records import NothingToLearn, RowError
+
+    opened = [open_source(SourceConfig(path=file)) for file in files]
+    layouts = [formats.find_layout([s.row(i) for i in range(20)], format="auto", columns={}) for s in opened]
+    made = 0
+    for i in range(10 * rows):
+        source, layout = opened[i % len(opened)], layouts[i % len(opened)]
+        number = i // len(opened)
+        try:
+            turns = layout.convert(source.row(number % len(source)))[0].messages
+        except (RowError, NothingToLearn):
+            continue
+        said = [m.content for m in turns if m.role in ("user", "assistant")]
+        if len(said) >= 2 and made < rows:
+            again = number // len(source)  # a copy is a row of its own
+            yield said[0] + (f"\n({again})" if again else ""), said[1]
+            made += 1
+
+
+def run_jaxtune(file: str, tokenizer: str, workers: str) -> dict[str, float]:
+    """Rows a second, of windows alone and with the opening of the stream."""
+    from jaxtune.config import Config
+    from jaxtune.data import loader, pooling, prepared, preparing
+    from jaxtune.data.chat.templates import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    loaded.chat_template = CHATML
+    config = Config(
+        output="unused",
+        model={"path": "unused"},  # type: ignore[arg-type]
+        train={"epochs": 1.0, "batch_rows": 8},  # type: ignore[arg-type]
+        data={"train": ({"path": file},)},  # type: ignore[arg-type]
+    )
+    began = time.perf_counter()
+    stream = loader.open_stream(config, tokenizer=loaded, max_length=LENGTH)
+    opened = time.perf_counter() - began
+    folder = prepared.folder_of(config, stream.fingerprint)
+    assert folder is not None
+    with pooling.Pool(int(workers)) as pool:
+        done = preparing.prepare(config, stream, folder, pool.make, say=str, progress=lambda done, total: None)
+    return {
+        "rows_per_second": done.draws / done.seconds,
+        "with_opening": done.draws / (opened + done.seconds),
+        "bytes_per_token": done.bytes / done.tokens,
+        "tokens": done.tokens,
+        "fill": done.fill[0],
+    }
+
+
+def run_trl(file: str, tokenizer: str, workers: str) -> dict[str, float]:
+    """Rows a second of SFTTrainer's preparation: prompt and completion, the loss on the completion, packed."""
+    import datasets
+    import transformers
+    import trl
+
+    datasets.disable_caching()
+    rows = datasets.load_dataset("json", data_files=file, split="train")
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    loaded.chat_template, loaded.pad_token = CHATML, loaded.eos_token
+    shape = transformers.LlamaConfig(
+        vocab_size=len(loaded), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    seconds = []
+    prepare = trl.SFTTrainer._prepare_dataset
+
+    def timed(*given: Any, **more: Any) -> Any:
+        began = time.perf_counter()
+        made = prepare(*given, **more)
+        seconds.append(time.perf_counter() - began)
+        return made
+
+    trl.SFTTrainer._prepare_dataset = timed
+    with tempfile.TemporaryDirectory() as output:
+        settings = trl.SFTConfig(
+            output_dir=output, packing=True, max_length=LENGTH, dataset_num_proc=int(workers), report_to="none",
+            use_cpu=True, bf16=False,
+        )  # fmt: skip
+        trl.SFTTrainer(transformers.LlamaForCausalLM(shape), args=settings, train_dataset=rows, processing_class=loaded)
+    return {"rows_per_second": len(rows) / sum(seconds)}
+
+
+def in_process(python: str, side: str, file: str, tokenizer: str, workers: int) -> dict[str, float]:
+    """Runs one side in a process of its own with an empty cache, and returns what it measured."""
+    root = str(pathlib.Path(__file__).resolve().parents[2])
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            **os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "JAXTUNE_CACHE": cache,
+        }  # fmt: skip
+        words = [python, __file__, "one", side, file, tokenizer, str(workers)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(options: argparse.Namespace, folder: pathlib.Path) -> None:
+    """Prints both rates by round, and the median of their ratios."""
+    ours, theirs = folder / "messages.jsonl", folder / "prompt_completion.jsonl"
+    count = 0
+    with ours.open("w") as mine, theirs.open("w") as other:
+        for question, answer in single_turns(options.data, options.rows):
+            asked, told = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+            mine.write(json.dumps({"messages": [asked, told]}) + "\n")
+            other.write(json.dumps({"prompt": [asked], "completion": [told]}) + "\n")
+            count += 1
+    print(f"{count:,} rows, {ours.stat().st_size / 1e6:.1f} MB, {options.workers} processes")
+    alone, whole = [], []
+    for number in range(options.rounds):
+        mine_told = in_process(sys.executable, "jaxtune", str(ours), options.tokenizer, options.workers)
+        told = in_process(options.trl_python, "trl", str(theirs), options.tokenizer, options.workers)
+        alone.append(mine_told["rows_per_second"] / told["rows_per_second"])
+        whole.append(mine_told["with_opening"] / told["rows_per_second"])
+        print(
+            f"round {number + 1}: prepare {mine_told['rows_per_second']:,.0f} rows/s "
+            f"({mine_told['with_opening']:,.0f} with opening; {mine_told['tokens']:,.0f} tokens, "
+            f"{mine_told['bytes_per_token']:.2f} bytes a token, rows {mine_told['fill']:.1%} full), "
+            f"TRL {told['rows_per_second']:,.0f}: {alone[-1]:.2f} ({whole[-1]:.2f}) times",
+            flush=True,
+        )
+    print(f"median: {statistics.median(alone):.2f} times TRL's rate, {statistics.median(whole):.2f} with opening")
+
+
+def main() -> None:
+    """Runs what the words ask for."""
+    if sys.argv[1:2] == ["one"]:
+        side, *words = sys.argv[2:]
+        print(json.dumps({"jaxtune": run_jaxtune, "trl": run_trl}[side](*words)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", action="append", required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--trl-python", required=True)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        compare(options, pathlib.Path(folder))
+
+
+if __name__ == "__main__":
+    main()
