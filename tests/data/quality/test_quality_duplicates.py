@@ -1,5 +1,8 @@
 """Texts are the same but for case and white space; repeats know their first."""
 
+import gzip
+import json
+
 import numpy as np
 
 from jaxtune.data.quality.duplicates import exact_key, first_of_equal
@@ -33,3 +36,12 @@ def test_repeats_are_those_a_dictionary_finds():
     found = first_of_equal(keys)
     assert found.dtype == np.int64
     assert found.tolist() == [-1 if first == i else first for i, first in enumerate(expected)]
+
+
+def test_the_known_repeats_of_real_files_are_found(shared):
+    with open(shared / "cot" / "strategyqa.tsv", encoding="utf-8") as file:
+        lines = [exact_key([line]) for line in file]
+    with gzip.open(shared / "multiturn" / "glaive_toolcall.jsonl.gz", "rt", encoding="utf-8") as file:
+        talks = [exact_key([turn["value"] for turn in json.loads(line)["conversations"]]) for line in file]
+    repeats = [int((first_of_equal(np.array(keys, np.uint64)) >= 0).sum()) for keys in (lines, talks)]
+    assert repeats == [1, 20]

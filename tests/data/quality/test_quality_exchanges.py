@@ -48,6 +48,8 @@ def test_unanswered_questions_raw_text_and_answers_to_nothing_are_no_exchanges()
 def test_an_answer_that_only_calls_tools_says_nothing():
     call = Message("assistant", "", tool_calls=({"id": "1"},))
     assert exchanges(Conversation((Message("user", "A"), call))) == (Exchange("A", "", ""),)
+    then = Conversation((Message("user", "A"), call, Message("tool", "4"), Message("assistant", "It is 4")))
+    assert exchanges(then) == (Exchange("A", "", "It is 4"),)
 
 
 def test_users_that_speak_twice_ask_once():

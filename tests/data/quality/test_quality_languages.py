@@ -17,6 +17,8 @@ from jaxtune.data.records import Conversation, Message
         ("", "und"),
         ("42 + 1 = 43 !!! 12345678901234567890", "und"),
         ("Positive", "und"),
+        ("Question", "und"),  # the model takes its eight letters for Italian
+        ("https://www.example.org/the-weather-is-lovely-today-and-we-walk Il fait beau aujourd'hui, sortons.", "fr"),
         ("https://example.org/the-weather-is-lovely-today", "und"),
         ("SELECT COUNT(*) FROM tableName;", "und"),
     ],
