@@ -193,7 +193,7 @@ function chosen() {
     return (!filter.source || e.source === filter.source)
       && (!filter.problem || e.problems.includes(filter.problem))
       && (filter.chosen !== "random" || e.random)
-      && (filter.chosen !== "problems" || filter.problem || e.problems.length || !data.examples.some((o) => o.problems.length))
+      && (filter.chosen !== "problems" || filter.problem || words.length || e.problems.length || !data.examples.some((o) => o.problems.length))
       && (!filter.verdict || (verdicts[e.key] ? verdicts[e.key].verdict : "none") === filter.verdict)
       && words.every((word) => texts[i].includes(word));
   });
