@@ -33,6 +33,8 @@ def test_a_shared_run_is_found_with_its_place_and_words(benchmark, tmp_path):
 
 def test_all_words_that_follow_on_are_told(benchmark):
     _, words = benchmark([{"q": QUESTION}]).found([f"Before it: {QUESTION} And after it."])
+    found = benchmark([{"q": QUESTION}]).found
+    assert found([f"{SHARED}, {SHARED}"])[1] == SHARED  # the first of two
     assert words.startswith("natalia sold") and words.endswith("how many in all") and len(words.split()) == 23
 
 
@@ -56,6 +58,7 @@ def test_a_short_text_is_found_only_as_a_whole(benchmark):
     assert found(["who wrote the novel EMMA"])[1] == "who wrote the novel emma"
     assert found(["Tell me: who wrote the novel Emma?"]) is None
     assert found(["novel the wrote who Emma"]) is None
+    assert found(["Who wrote the novel Emma, perchance?"]) is None
     assert found(["Jane Austen"]) is None  # shorter than five words
 
 
