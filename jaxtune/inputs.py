@@ -7,6 +7,7 @@ from jaxtune import assembly, blueprint, hosts, hub
 from jaxtune.config import Config
 from jaxtune.convert.folder import HFFolder, open_folder
 from jaxtune.data.chat.templates import ChatTemplate, load_template, load_tokenizer
+from jaxtune.data.lengths import ReadAll
 from jaxtune.data.loader import open_eval_stream, open_stream, write_plan
 from jaxtune.data.stream import Stream
 from jaxtune.metrics import Terminal
@@ -71,11 +72,11 @@ def open_inputs(config: Config, output: str, terminal: Terminal) -> tuple[Inputs
     return Inputs(base, template, stream, eval_stream), config
 
 
-def open_training_data(config: Config, terminal: Terminal) -> tuple[Stream, Config]:
-    """Opens the training stream as a run would, without weights and without writing anything of a run."""
+def open_training_data(config: Config, terminal: Terminal, read_all: ReadAll) -> tuple[Stream, Config]:
+    """Opens the training stream as a run would, rows by `read_all`, without weights and without writing of a run."""
     reading, config = open_reading(config, needs_weights=False)
     with terminal.counting("reading the training data") as progress:
-        return open_stream(config, **reading.options, progress=progress), config
+        return open_stream(config, **reading.options, progress=progress, read_all=read_all), config
 
 
 def _filled_in(config: Config, model: Any, tokenizer: Any, where: str) -> Config:

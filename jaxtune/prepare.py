@@ -56,20 +56,21 @@ def _prepare(config: Config, flags: argparse.Namespace, runner_options: Sequence
     with terminal.counting("writing streamed rows into the cache") as progress:
         for sentence in streams.fetch_all(sources, cache_dir(), progress=progress):
             terminal.say(sentence)
-    stream, config = open_training_data(config, terminal)
-    folder = folder_of(config, stream.fingerprint)
-    assert folder is not None  # refused before
-    terminal.say(dataclasses.replace(stream, told_prepared="").describe())  # what there is of it is said below
-    for sentence in stream.warnings:
-        terminal.warn(sentence)
-    if flags.check:
-        with terminal.working("reading every record"):
-            damaged = preparing.check(stream, config, folder, cache=cache_dir(), say=terminal.say)
-        terminal.say(f"{damaged:,} shards are damaged" if damaged else "every record is whole")
-    beam = beaming.Beam(config, stream, flags.runner, runner_options) if flags.runner else None
-    with pooling.Pool(flags.workers or _cores()) as pool, terminal.counting("preparing", unit="windows") as progress:
+    with pooling.Pool(flags.workers or _cores()) as pool:
+        stream, config = open_training_data(config, terminal, pool.read_all)
+        folder = folder_of(config, stream.fingerprint)
+        assert folder is not None  # refused before
+        terminal.say(dataclasses.replace(stream, told_prepared="").describe())  # what there is of it is said below
+        for sentence in stream.warnings:
+            terminal.warn(sentence)
+        if flags.check:
+            with terminal.working("reading every record"):
+                damaged = preparing.check(stream, config, folder, cache=cache_dir(), say=terminal.say)
+            terminal.say(f"{damaged:,} shards are damaged" if damaged else "every record is whole")
+        beam = beaming.Beam(config, stream, flags.runner, runner_options) if flags.runner else None
         make = beam.make if beam else pool.make
-        outcome = preparing.prepare(config, stream, folder, make, say=terminal.say, progress=progress)
+        with terminal.counting("preparing", unit="windows") as progress:
+            outcome = preparing.prepare(config, stream, folder, make, say=terminal.say, progress=progress)
     terminal.say(outcome.describe())
     if outcome.made_windows:
         rate = outcome.made_draws / max(outcome.seconds, 1e-9)

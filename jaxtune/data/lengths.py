@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +73,10 @@ class Wanted(NamedTuple):
     epochs: np.ndarray | None = None
 
 
+# As `read_here`, perhaps by other processes.
+ReadAll = Callable[[RowReader, Wanted, Progress | None, int, int], RowTable]
+
+
 def pairs(rows: np.ndarray, epochs: np.ndarray) -> Wanted:
     """The different (row, epoch) pairs of some draws."""
     keys = np.unique(_pair_keys(rows, epochs))
@@ -84,9 +88,14 @@ def _pair_keys(rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    readers: Sequence[RowReader], wanted: Sequence[Wanted], *, cache_dir: str, progress: Progress | None = None
+    readers: Sequence[RowReader],
+    wanted: Sequence[Wanted],
+    *,
+    cache_dir: str,
+    progress: Progress | None = None,
+    read_all: ReadAll | None = None,
 ) -> list[RowTable]:
-    """A table for each reader: from the cache, or by reading the rows.
+    """A table for each reader: from the cache, or by reading the rows, by `read_all` if given.
 
     All tables of a stream are kept in one file, so that thousands of sources open at once; a source that was measured
     beside others before is found again under its own key.
@@ -103,7 +112,7 @@ def measure(
         path = os.path.join(folder, f"{key}.npz")
         saved = _load(path, [which], [reader.sides])
         if saved is None:
-            saved = [_read_all(reader, which, progress, done, total)]
+            saved = [(read_all or read_here)(reader, which, progress, done, total)]
             if len(readers) > 1:
                 _save(path, saved)
         tables += saved
@@ -191,14 +200,21 @@ def _wanted_key(key: str, wanted: Wanted) -> str:
     return digest.hexdigest()
 
 
-def _read_all(reader: RowReader, wanted: Wanted, progress: Progress | None, done: int, total: int) -> RowTable:
+def read_here(reader: RowReader, wanted: Wanted, progress: Progress | None, done: int, total: int) -> RowTable:
+    """The table of the rows wanted, read by this process; `done` of `total` rows were read before."""
     blocks = []
-    for start in range(0, len(wanted.rows), _BLOCK):
-        block = portion(wanted, start, start + _BLOCK)
+    for block in portions(wanted):
         blocks.append(tabulate(reader, block, reader.read(*numbers(block))))
+        done += len(block.rows)
         if progress is not None:
-            progress(done + start + len(block.rows), total)
+            progress(done, total)
     return joined(reader, wanted, blocks)
+
+
+def portions(wanted: Wanted) -> Iterator[Wanted]:
+    """The rows wanted, block by block."""
+    for start in range(0, len(wanted.rows), _BLOCK):
+        yield portion(wanted, start, start + _BLOCK)
 
 
 def portion(wanted: Wanted, start: int, stop: int) -> Wanted:

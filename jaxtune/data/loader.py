@@ -39,6 +39,7 @@ def open_stream(
     output_dir: str | None = None,
     progress: Progress | None = None,
     survey: Survey | None = None,
+    read_all: lengths.ReadAll | None = None,
 ) -> Stream:
     """The training stream of `config`: opens and measures its sources, and plans the run.
 
@@ -48,9 +49,10 @@ def open_stream(
     Raises ValueError for whatever would make the run wrong: unreadable rows (unless data.on_bad_row says otherwise), a
     source with nothing to train on, a template that never trains its stop token, more lost than data.max_lost, shares
     that cannot be met. With a `survey` all rows are read, and the first four of these are told to it instead.
+    `read_all` reads the rows of the length pass, perhaps in other processes.
     """
     kind = row_kind(max_length, packing=config.data.packing, encoder_length=encoder_length, start_token=start_token)
-    opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress, survey)
+    opening = Opening(config, tokenizer, max_length, encoder_length, cache_dir, output_dir, progress, survey, read_all)
     root, evaluated = training_tree(config)
     opened, root, skipped = opening.opener.find(root)
     excluded, unseen = opening.hashes(evaluated) if evaluated is not None else (None, ())

@@ -48,6 +48,7 @@ class Opening:
     output_dir: str | None
     progress: Progress | None
     survey: Survey | None = None
+    read_all: lengths.ReadAll | None = None
     warnings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class Opening:
             wanted,
             cache_dir=self.cache_dir or hub.cache_dir(),
             progress=None if silent else self.progress,
+            read_all=self.read_all,
         )
 
     def measure_one(self, leaf: OpenLeaf) -> lengths.RowTable:

@@ -1,5 +1,6 @@
 """Windows prepared ahead: the same batches with and without them, and nothing half written or damaged is believed."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import make_config, pairs
 
-from jaxtune.data import attaching, loader, measuring, pooling, prepared, preparing, window_records
+from jaxtune.data import attaching, lengths, loader, measuring, pooling, prepared, preparing, window_records
 from jaxtune.data.claims import Claims
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.prepared import Folder, Shard, missing_ranges
@@ -386,6 +387,37 @@ def test_a_pool_makes_the_same_shards(prepare, write_rows, tmp_path):
     for process in mine:
         process.join(timeout=20)
         assert not process.is_alive()
+
+
+def test_a_pool_reads_rows_as_this_process_does(open_, write_rows, monkeypatch):
+    """The length pass, in blocks: the tables are equal, and so is what is told of what was lost."""
+    rows = pairs(700)
+    rows[40], rows[650] = {"prompt": 3}, {"prompt": "long", "completion": "well " * 99}
+    config = make_config({"path": write_rows("a.jsonl", rows), "templates": TEMPLATES}, on_bad_row="skip", window=64)
+    monkeypatch.setattr(pooling, "_FEW", 0)
+    monkeypatch.setattr(lengths, "_BLOCK", 128)
+    here = open_(config, cache_dir=str(pathlib.Path(config.data.train[0].path).parent / "here"))
+    with pooling.Pool(2) as pool:
+        there = open_(config, read_all=pool.read_all)
+    assert here.funnel == there.funnel and here.funnel.table() == there.funnel.table()
+    assert here.steps_per_run == there.steps_per_run and here.fill == there.fill
+    assert np.array_equal(here.rows_of_windows, there.rows_of_windows)
+
+
+def test_two_pools_at_once_make_each_shard_once(prepare, open_, write_rows, tmp_path):
+    config = make_config(write_rows("a.jsonl", pairs(300)), window=8, train={"epochs": 2.0})
+    folder, _, _ = prepare(config)
+    wanted = folder.shards()
+    shutil.rmtree(folder.path)
+    maker, made = open_(config).maker, [[], []]
+    with pooling.Pool(1) as one, pooling.Pool(1) as other, concurrent.futures.ThreadPoolExecutor(2) as threads:
+        running = [
+            threads.submit(pool.make, maker, folder, wanted, lambda shard, summary, mine=mine: mine.append(shard))
+            for pool, mine in zip((one, other), made, strict=True)
+        ]
+        for future in running:
+            future.result()
+    assert sorted(made[0] + made[1]) == wanted == folder.shards() and all(made)
 
 
 def test_a_claimed_shard_is_left_to_its_claimer_until_that_is_gone(tmp_path):

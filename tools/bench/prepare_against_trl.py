@@ -1,14 +1,15 @@
 """Rows per second of `jaxtune.prepare` beside TRL's preparation of the same conversations, in turns.
 
-    python tools/bench/prepare_against_trl.py --data FILE [--data FILE] --tokenizer FOLDER --trl-python PY
-        [--rows 20000] [--workers 2] [--rounds 3]
+    PYTHONPATH=. python tools/bench/prepare_against_trl.py --data FILE [--data FILE] --tokenizer FOLDER \\
+        --trl-python PY [--rows 20000] [--workers 2] [--rounds 3]
 
-FILE holds rows of any form that we read (.jsonl, .jsonl.gz); their first questions and answers become the same rows for
-both. PY is an interpreter of an environment with trl (1.16). Both tokenise with FOLDER's tokenizer and one chat template,
-train the answer alone, and pack rows of 2,048 tokens with two processes. TRL is timed from rows in memory to packed rows
-in memory, imports and reading left out. Ours is timed from JSON lines to shards on the disk, the start of its processes
-counted; opening the stream before that, which looks every row over and tells what is lost, is timed apart, and the rate
-"with opening" counts it. Caches are empty. The machine's speed drifts, so ratios are taken within a round.
+FILE holds rows of any form that we read (.jsonl, .jsonl.gz); their first questions and answers become the same rows
+for both. PY is an interpreter of an environment with trl (1.16). Both tokenise with FOLDER's tokenizer and one chat
+template, train the answer alone, and pack rows of 2,048 tokens with two processes. TRL is timed from rows in memory to
+packed rows in memory, imports and reading left out. Ours is timed from JSON lines to shards on the disk, the start of
+its processes counted; opening the stream before that, which looks every row over and tells what is lost, is timed
+apart, and the rate "with opening" counts it. Caches are empty. The machine's speed drifts, so ratios are taken within a
+round.
 """
 
 import argparse
@@ -31,7 +32,7 @@ CHATML = (
 
 
 def single_turns(files: list[str], rows: int) -> Iterator[tuple[str, str]]:
-    """Yields (question, answer) of the first rows that have both, files in turns, each again when it ends."""
+    """Yields (question, answer) of the first rows that have both, of the files in turns."""
     from jaxtune.config_data import SourceConfig
     from jaxtune.data.files.sources import open_source
     from jaxtune.data.layouts import formats
@@ -40,18 +41,18 @@ def single_turns(files: list[str], rows: int) -> Iterator[tuple[str, str]]:
     opened = [open_source(SourceConfig(path=file)) for file in files]
     layouts = [formats.find_layout([s.row(i) for i in range(20)], format="auto", columns={}) for s in opened]
     made = 0
-    for i in range(10 * rows):
-        source, layout = opened[i % len(opened)], layouts[i % len(opened)]
-        number = i // len(opened)
-        try:
-            turns = layout.convert(source.row(number % len(source)))[0].messages
-        except (RowError, NothingToLearn):
-            continue
-        said = [m.content for m in turns if m.role in ("user", "assistant")]
-        if len(said) >= 2 and made < rows:
-            again = number // len(source)  # a copy is a row of its own
-            yield said[0] + (f"\n({again})" if again else ""), said[1]
-            made += 1
+    for number in range(max(map(len, opened))):
+        for source, layout in zip(opened, layouts, strict=True):
+            if number >= len(source) or made == rows:
+                continue
+            try:
+                turns = layout.convert(source.row(number))[0].messages
+            except (RowError, NothingToLearn):
+                continue
+            said = [m.content for m in turns if m.role in ("user", "assistant")]
+            if len(said) >= 2:
+                yield said[0], said[1]
+                made += 1
 
 
 def run_jaxtune(file: str, tokenizer: str, workers: str) -> dict[str, float]:
@@ -68,12 +69,12 @@ def run_jaxtune(file: str, tokenizer: str, workers: str) -> dict[str, float]:
         train={"epochs": 1.0, "batch_rows": 8},  # type: ignore[arg-type]
         data={"train": ({"path": file},)},  # type: ignore[arg-type]
     )
-    began = time.perf_counter()
-    stream = loader.open_stream(config, tokenizer=loaded, max_length=LENGTH)
-    opened = time.perf_counter() - began
-    folder = prepared.folder_of(config, stream.fingerprint)
-    assert folder is not None
     with pooling.Pool(int(workers)) as pool:
+        began = time.perf_counter()
+        stream = loader.open_stream(config, tokenizer=loaded, max_length=LENGTH, read_all=pool.read_all)
+        opened = time.perf_counter() - began
+        folder = prepared.folder_of(config, stream.fingerprint)
+        assert folder is not None
         done = preparing.prepare(config, stream, folder, pool.make, say=str, progress=lambda done, total: None)
     return {
         "rows_per_second": done.draws / done.seconds,
