@@ -82,8 +82,11 @@ def check_writable(path: str | None, flag: str) -> None:
         return
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        is_new = not os.path.exists(path)
         with open(path, "a", encoding="utf-8"):
             pass
+        if is_new:
+            os.remove(path)  # an empty file would look like an answer
     except OSError as error:
         raise ValueError(f"{flag}: {path} cannot be written ({error.strerror}); expected a file") from None
 

@@ -33,9 +33,9 @@ def audit(
     """
     terminal = Terminal()
     os.makedirs(config.output, exist_ok=True)
-    path = os.path.join(config.output, JSON) if json_path in (None, "-") else json_path
-    assert path is not None
-    check_writable(path, "--json")
+    path = os.path.join(config.output, JSON) if json_path is None else json_path
+    if json_path != "-":
+        check_writable(path, "--json")
     reading, config = open_reading(config, needs_weights=False)
     surveyed = survey(config, reading, terminal, workers=workers, skip=skip)
     told, found = document(surveyed)

@@ -74,14 +74,14 @@ class Funnel:
         """Share of tokens lost, for whatever reason."""
         return self.total("tokens_lost") / max(1, self.total("tokens") + self.total("tokens_lost"))
 
-    def warnings(self) -> list[str]:
+    def warnings(self, *, evaluation: bool) -> list[str]:
         """Sentences worth a person's attention before step 1."""
         out = []
         for s in self.sources:
             share = s.tokens_lost / max(1, s.tokens + s.tokens_lost)
             if share > 0.01:
                 out.append(f"{s.name}: {share:.1%} of its tokens are lost, {_main_loss([s])}")
-            if not s.kept:  # only evaluation may go on without a source
+            if not s.kept and evaluation:  # which may go on without a source
                 out.append(
                     f"{s.name}: none of its {s.rows:,} rows held out can be evaluated ({s.why_lost()}), so it has no "
                     "share in the evaluation loss; raise data.eval_fraction, or name rows in data.eval"

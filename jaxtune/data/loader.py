@@ -134,7 +134,7 @@ def open_eval_stream(
         rows=kind,
         seed=config.seed,
     )
-    stream = _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir)
+    stream = _stream(config, maker, counted, leaves, True, lanes=1, output_dir=output_dir, evaluation=True)
     return dataclasses.replace(stream, warnings=(*stream.warnings, *_unseen_warning(skipped)))
 
 
@@ -175,6 +175,7 @@ def _stream(
     *,
     lanes: int | str,
     output_dir: str | None,
+    evaluation: bool = False,
 ) -> Stream:
     number = lanes if isinstance(lanes, int) else choose_lanes(config, maker, counted.tables)
     counts, fill = count_rows(maker, counted.tables) if exact and maker.total is not None else (None, None)
@@ -191,7 +192,7 @@ def _stream(
         layouts=tuple(reader.layout for reader in maker.readers),
         rows_of_windows=counts,
         fill=fill,
-        warnings=tuple(counted.funnel.warnings()),
+        warnings=tuple(counted.funnel.warnings(evaluation=evaluation)),
         identity=identity,
         fingerprint=hashlib.blake2b(repr(sorted(identity.items())).encode(), digest_size=16).hexdigest(),
         workers=config.data.workers,
