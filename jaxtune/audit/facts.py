@@ -11,9 +11,8 @@ from jaxtune.data.quality.difficulty import difficulty
 from jaxtune.data.quality.duplicates import exact_key
 from jaxtune.data.quality.exchanges import Exchange, exchanges
 from jaxtune.data.quality.kinds import KINDS, better_kind_of, kind_of
-from jaxtune.data.quality.languages import languages
+from jaxtune.data.quality.languages import languages, spoken
 from jaxtune.data.quality.scores import Scores, copies_instruction, is_refusal, score, shows_steps
-from jaxtune.data.records import Conversation
 from jaxtune.data.row_results import Examined
 from jaxtune.data.row_texts import row_key, texts_of_all
 
@@ -57,7 +56,7 @@ def facts_of(examined: Sequence[Examined], *, defects: DefectFinder, with_langua
     """The facts of some rows, in their order."""
     noted = []
     categories: collections.Counter[str] = collections.Counter()
-    spoken: list[str] = []
+    texts: list[str] = []
     speaking: list[int] = []
     for i, (_, conversations) in enumerate(examined):
         if not conversations:
@@ -68,10 +67,10 @@ def facts_of(examined: Sequence[Examined], *, defects: DefectFinder, with_langua
         noted.append((row_key(texts_of_all(conversations)) or 0, bits, b"", *_asked(exchanges(conversations[0]))))
         categories.update(str(c.meta["category"]) for c in conversations if "category" in c.meta)
         speaking.append(i)
-        spoken.append(_spoken(conversations[0]))
+        texts.append(spoken(conversations[0]))
     rows = np.array(noted, FACTS)
-    if with_languages and spoken:
-        rows["language"][speaking] = np.array(languages(spoken), "S3")
+    if with_languages and texts:
+        rows["language"][speaking] = np.array(languages(texts), "S3")
     answers, owners = _answers(examined)
     return Facts(rows, answers, owners, categories)
 
@@ -116,12 +115,6 @@ def _asked(asked: Sequence[Exchange]) -> tuple[Any, ...]:
         any(shows_steps(one.response) for one in asked),
         tuple(scores[0]) if len(scores) == 1 else tuple(sum(of) / len(scores) for of in zip(*scores, strict=True)),
     )
-
-
-def _spoken(conversation: Conversation) -> str:
-    """What tells the language: what is answered first, else what is asked."""
-    said = [m.content for m in conversation.messages if m.role in ("assistant", "text") and m.content.strip()]
-    return " ".join([*said[:1], *(m.content for m in conversation.messages if m.role == "user")])[:500]
 
 
 def _answers(examined: Sequence[Examined]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from jaxtune.data.leaves import OpenLeaf
 from jaxtune.data.lengths import Progress
 from jaxtune.data.quality.contamination import Benchmarks
 from jaxtune.data.quality.duplicates import first_of_equal
-from jaxtune.data.quality.filters import Filters
+from jaxtune.data.quality.filters import Filters, rules_digest
 from jaxtune.data.quality.near import near_duplicates
 from jaxtune.data.records import Message
 from jaxtune.data.row_texts import row_key, texts_of
@@ -28,6 +28,7 @@ from jaxtune.data.verdicts import Verdict, read_verdicts
 EXACT, NEAR, IN_BENCHMARK = "exact duplicate", "near duplicate", "in a benchmark"
 _VERSION = "1"  # of what rows are compared by
 _BLOCK = 4096
+_NEAR_RULES = ("near", "pairs", "minhash", "similarity", "words")
 
 
 class AllRows:
@@ -146,7 +147,8 @@ def near_first(
     rows: AllRows, keys: np.ndarray, *, cache_dir: str, progress: Progress | None = None, workers: int = 1
 ) -> np.ndarray:
     """For each row the first that says nearly the same, int64 [n]; -1 for none, and for exact duplicates."""
-    path = os.path.join(cache_dir, "left_out", f"near-{rows.key}.npz")
+    key = digest_of(rows.key, rules_digest(_NEAR_RULES))
+    path = os.path.join(cache_dir, "left_out", f"near-{key}.npz")
     saved = read_arrays(path)
     if saved is not None and "first" in saved and len(saved["first"]) == len(rows):
         return saved["first"]
