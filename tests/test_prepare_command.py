@@ -224,7 +224,10 @@ def test_a_bucket_holds_what_hosts_share(base, data, tmp_path, capsys, monkeypat
         assert "prepared: 20 of 20 windows" in capsys.readouterr().out
         fetched = list((tmp_path / "another-host" / "sources").glob("*.array_record"))
         assert len(fetched) == 20
-        tiny_runs.flip_a_bit(fetched[0])
+        content = fetched[0].read_bytes()
+        fetched[0].write_bytes(content[:200] + bytes(40) + content[240:])  # damaged here, not there: fetched again
+        assert prepare.main([*these, "--check"]) == 0
+        assert "every record is whole" in capsys.readouterr().out and fetched[0].read_bytes() == content
 
 
 def test_beam_makes_the_same_shards(base, data, tmp_path):

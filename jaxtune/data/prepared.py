@@ -287,7 +287,7 @@ class Prepared:
             return None, ""
         shard = self.pieces[at][2]
         try:
-            return self._read(maker, shard, number), ""
+            return self.read(maker, shard, number), ""
         except OtherDraws:
             return None, (
                 f"{self.folder.path}: windows from {number:,} on were prepared of other draws (a phase of the mixture "
@@ -299,7 +299,8 @@ class Prepared:
                 "anew. `python -m jaxtune.prepare ... --check` mends it"
             )
 
-    def _read(self, maker: WindowMaker, shard: Shard, number: int) -> Window:
+    def read(self, maker: WindowMaker, shard: Shard, number: int) -> Window:
+        """A window of a shard; raises Damaged, or OtherDraws."""
         draws = maker.draw(number)
         if self.folder.is_remote:
             with contextlib.suppress(Damaged):

@@ -25,7 +25,6 @@ from jaxtune.data.prepared import (
     missing_ranges,
     read_rows,
     read_summary,
-    read_window,
     write_rows,
 )
 from jaxtune.data.stream import Stream
@@ -116,9 +115,8 @@ def check(stream: Stream, config: Config, folder: Folder, *, cache: str, say: Ca
     prepared, gone = Prepared.of(folder, cache), 0
     for shard in folder.shards():
         try:
-            path = prepared.fetched(shard)
             for number in range(shard.first, shard.stop):
-                read_window(path, shard, number, maker, maker.draw(number))
+                prepared.read(maker, shard, number)
         except (Damaged, OtherDraws) as problem:
             say(f"{folder.file(shard.name)} is damaged ({problem}) and is made again")
             _remove(folder, shard)
