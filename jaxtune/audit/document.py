@@ -14,6 +14,7 @@ from jaxtune.audit.flags import flags
 from jaxtune.audit.looking import Look
 from jaxtune.audit.statistics import statistics
 from jaxtune.audit.survey import Surveyed, overlap
+from jaxtune.data.counting import count_rows
 from jaxtune.data.funnel import SourceFunnel
 from jaxtune.data.row_results import STAGES
 from jaxtune.data.stream import Stream
@@ -123,7 +124,8 @@ def _funnel(stream: Stream) -> dict[str, Any]:
     sources = [_of_source(source) for source in stream.funnel.sources]
     numbers = [key for key, value in sources[0].items() if isinstance(value, int)]
     total: dict[str, Any] = {key: sum(source[key] for source in sources) for key in numbers}
-    total["stages"] = {stage: sum(source["stages"][stage] for source in sources) for stage in STAGES}
+    for key in ("stages", "tokens_at_stages"):
+        total[key] = {stage: sum(source[key][stage] for source in sources) for stage in STAGES}
     reasons: dict[str, dict[str, Any]] = {}
     for source in sources:
         for reason, lost in source["lost"].items():
@@ -138,6 +140,7 @@ def _of_source(source: SourceFunnel) -> dict[str, Any]:
         "name": source.name,
         "rows": source.rows,
         "stages": dict(source.stages),
+        "tokens_at_stages": _tokens_at_stages(source),
         "kept": source.kept,
         "examples": source.examples,
         "tokens": source.tokens,
@@ -152,20 +155,38 @@ def _of_source(source: SourceFunnel) -> dict[str, Any]:
     }
 
 
+def _tokens_at_stages(source: SourceFunnel) -> dict[str, int]:
+    """Tokens that come so far; those of rows that cannot be read are not known."""
+    out, tokens = {}, source.tokens
+    for stage in reversed(STAGES):
+        out[stage] = tokens
+        tokens += sum(loss.tokens for loss in source.lost.values() if loss.stage == stage)
+    return {stage: out[stage] for stage in STAGES}
+
+
 def _packing(stream: Stream, surveyed: Surveyed) -> dict[str, Any]:
-    """Rows of a batch, how full they are, and how many updates an epoch and the run make."""
-    epochs = surveyed.config.train.epochs
-    steps = stream.steps_per_run
+    """Rows of a batch, how full they are, and how many updates an epoch and the run make.
+
+    Where a run ends after so many steps, `rows` and `fill` are those of one epoch.
+    """
+    epochs, asked = surveyed.config.train.epochs, surveyed.config.train.steps
+    counts, fill, steps = stream.rows_of_windows, stream.fill, stream.steps_per_run
+    if counts is None and not any(reader.varies for reader in stream.maker.readers):
+        whole = dataclasses.replace(stream.maker, total=stream.maker.epoch_draws)
+        counts, fill = count_rows(whole, surveyed.look.tables)
+        of_epoch: float | None = int(counts.sum()) / stream.batch_rows
+    else:
+        of_epoch = None if steps is None else steps / epochs
     return {
         "row_length": list(stream.maker.rows.room),
         "packing": stream.maker.rows.packing,
-        "fill": None if stream.fill is None else list(stream.fill),
-        "rows": None if stream.rows_of_windows is None else int(stream.rows_of_windows.sum()),
+        "fill": None if fill is None else list(fill),
+        "rows": None if counts is None else int(counts.sum()),
         "batch_rows": stream.batch_rows,
         "lanes": stream.lanes,
-        "epochs": epochs if surveyed.config.train.steps is None else None,
-        "steps": surveyed.config.train.steps if surveyed.config.train.steps is not None else steps,
-        "steps_per_epoch": None if steps is None else round(steps / epochs, 2),
+        "epochs": epochs if asked is None else None,
+        "steps": asked if asked is not None else steps,
+        "steps_per_epoch": None if of_epoch is None else round(of_epoch, 2),
         "examples_per_epoch": stream.maker.epoch_draws,
     }
 

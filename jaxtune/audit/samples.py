@@ -17,7 +17,8 @@ from jaxtune.data.records import NothingToLearn, RowError
 from jaxtune.data.row_results import STAGES
 from jaxtune.data.row_texts import row_key, texts_of
 
-_EACH = 40  # examples shown of one problem of one source, at most
+_EACH = 40  # examples shown of one problem of one source, at most; fewer where there are more than ten sources
+_LEAST_EACH, _MOST = 2, 2000  # and of all problems together
 _PACKED_ROWS = 12
 _MOST_TOKENS = 4096  # shown of one example; the rest is counted
 _RAW = 4000  # characters shown of a row that cannot be read
@@ -125,11 +126,15 @@ def _drawn(surveyed: Surveyed, count: int, seed: int) -> list[tuple[int, int, li
     """(leaf, entry, problems, whether drawn at random) of the examples shown: problems first, each row once."""
     draw = random.Random(seed)
     problems: dict[tuple[int, int], list[str]] = collections.defaultdict(list)
-    for leaf in range(len(surveyed.look.leaves)):
+    leaves = len(surveyed.look.leaves)
+    each = max(_LEAST_EACH, _EACH * 10 // max(10, leaves))
+    for leaf in range(leaves):
         for problem, entries in _problems_of(surveyed, leaf).items():
-            some = entries if len(entries) <= _EACH else sorted(draw.sample(entries, _EACH))
+            some = entries if len(entries) <= each else sorted(draw.sample(entries, each))
             for entry in some:
                 problems[leaf, entry].append(problem)
+    if len(problems) > _MOST:
+        problems = {place: problems[place] for place in sorted(draw.sample(sorted(problems), _MOST))}
     sizes = [len(table.rows) for table in surveyed.look.tables]
     firsts = np.cumsum([0, *sizes])
     total = int(firsts[-1])

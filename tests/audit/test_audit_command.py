@@ -222,3 +222,10 @@ def test_portions_joined_are_the_table_of_the_whole(base, data, tmp_path):
     [expected] = lengths.measure([reader], [whole], cache_dir=str(tmp_path / "cache"))
     assert all(np.array_equal(joined.columns[key], expected.columns[key]) for key in expected.columns)
     assert np.array_equal(joined.lengths, expected.lengths) and joined.messages == expected.messages
+
+
+def test_a_run_of_so_many_steps_is_told_how_full_an_epochs_rows_are(base, data, tmp_path):
+    by_epochs = audits.run(base, tmp_path / "a", *words(data))[1]["packing"]
+    by_steps = audits.run(base, tmp_path / "b", *words(data, "train.steps=7"))[1]["packing"]
+    assert by_steps["steps"] == 7 and by_epochs["steps"] != 7
+    assert by_steps["fill"] == by_epochs["fill"] and by_steps["rows"] == by_epochs["rows"]

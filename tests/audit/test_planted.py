@@ -90,3 +90,13 @@ def test_every_loss_has_its_reason_and_its_first_line(told):
     assert {reason: (one["rows"], audits.line(one["where"])) for reason, one in lost.items()} == {
         reason: (len(lines), lines[0]) for reason, lines in by_reason.items()
     }
+
+
+def test_tokens_are_counted_at_every_stage(told):
+    _, _, document = told
+    total = document["funnel"]["total"]
+    at = total["tokens_at_stages"]
+    assert at["fits"] == total["tokens"] and at["kept"] == total["tokens"] + total["lost"]["over length"]["tokens"]
+    assert at["valid"] == at["kept"] + total["tokens_left_out"]
+    assert at["parsed"] == at["valid"] + total["lost"]["no trained token"]["tokens"]
+    assert at["parsed"] == total["tokens"] + total["tokens_lost"] + total["tokens_left_out"]

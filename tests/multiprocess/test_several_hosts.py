@@ -50,8 +50,9 @@ def test_in_float64_hosts_and_devices_change_nothing_in_a_dense_model_to_nine_di
 
 
 @pytest.mark.long
-def test_in_float64_hosts_and_devices_change_nothing_in_adapters_of_experts_to_nine_digits(mixture, tmp_path):
-    more = (*LONGER, f"model.path={experts(mixture)}", "mesh.expert=2")
+@pytest.mark.parametrize("method", [(), FULL], ids=["lora", "full"])
+def test_in_float64_hosts_and_devices_change_nothing_in_experts_to_nine_digits(mixture, tmp_path, method):
+    more = (*LONGER, *method, f"model.path={experts(mixture)}", "mesh.expert=2")
     assert_the_same_everywhere(mixture, tmp_path, *more, env={"FLOAT64": "1"}, first=1e-9, last=1e-9)
 
 
@@ -71,6 +72,7 @@ KINDS = {
     "slices": ("mesh.slice=2", "mesh.fsdp=4"),
     "all of a host's devices in one group": ("mesh.data=2", "mesh.tensor=4", "mesh.fsdp=1"),
     "a group of both hosts": ("mesh.data=1", "mesh.tensor=8", "mesh.fsdp=1"),
+    "tensor and fsdp": ("mesh.tensor=4", "mesh.fsdp=2"),
 }
 
 
