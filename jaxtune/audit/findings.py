@@ -89,6 +89,8 @@ def _of_shares(by_tag: Mapping[str, float]) -> list[Finding]:
     if "safety" in by_tag and not 0.05 <= by_tag["safety"] <= 0.10:
         text = f"sources tagged safety get {by_tag['safety']:.1%} of the draws; expected 5 to 10 %"
         out.append(Finding("warning", "safety share", text))
+    if len(by_tag.keys() & GENERAL_BANDS) < 3:  # a mixture of another make, with a tag in common
+        return out
     for tag, (least, most) in GENERAL_BANDS.items():
         share = by_tag.get(tag)
         if share is not None and tag != "safety" and not least <= share <= most:

@@ -124,7 +124,9 @@ def test_a_safety_share_outside_its_band_is_a_warning(share):
 
 
 def test_other_shares_outside_general_mix_are_information():
-    assert codes(total(), by_tag={"general": 0.5, "domain": 0.12, "poems": 0.9}) == [("information", "general_mix")]
+    mixture = {"general": 0.5, "domain": 0.12, "code_math": 0.25, "poems": 0.9}
+    assert codes(total(), by_tag=mixture) == [("information", "general_mix")]
+    assert codes(total(), by_tag={"general": 0.5, "reasoning": 0.01}) == [], "that is no general mixture"
 
 
 def test_defects_are_told_with_their_first_row_serious_ones_as_warnings():
