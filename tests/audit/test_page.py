@@ -15,6 +15,7 @@ from jaxtune.decode import decode
 from jaxtune.inputs import open_reading
 
 CHROMIUM = os.environ.get("JAXTUNE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+FILE = "rows_of_a_source_with_a_name_that_is_longer_than_a_phone_is_wide_by_far.jsonl"
 NASTY = "Close it: </script><script>document.title = 'broken'</script> <b>bold</b> & \u2028 end."
 
 
@@ -26,7 +27,7 @@ def audited(tmp_path_factory):
     rows[1]["output"] = NASTY + " " + planted.answer(1)
     rows[2]["output"] = ""
     rows[4] = rows[3]
-    tiny_runs.write_rows(folder / "rows.jsonl", rows)
+    tiny_runs.write_rows(folder / FILE, rows)
     audits.write_base(folder / "base")
     patch = pytest.MonkeyPatch()
     patch.setenv("JAXTUNE_CACHE", str(folder / "cache"))
@@ -37,7 +38,7 @@ def audited(tmp_path_factory):
 
 
 def words(folder: pathlib.Path) -> list[str]:
-    return [f"data.train.0.path={folder / 'rows.jsonl'}", "data.template=alpaca", "train.epochs=1"]
+    return [f"data.train.0.path={folder / FILE}", "data.template=alpaca", "train.epochs=1"]
 
 
 @pytest.fixture(scope="module")
