@@ -39,7 +39,8 @@ class AllRows:
         self.readers: dict[str, RowReader] = {}
         for name, reader in zip(self.names, readers, strict=True):
             self.readers.setdefault(name, reader)
-        self.firsts = np.cumsum([0, *(len(reader.source) for reader in self.readers.values())])
+        self.each = tuple(self.readers.values())
+        self.firsts = np.cumsum([0, *(len(reader.source) for reader in self.each)])
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
@@ -52,7 +53,7 @@ class AllRows:
     def place(self, number: int) -> tuple[RowReader, int]:
         """The reader and the row of a number."""
         at = int(np.searchsorted(self.firsts, number, side="right")) - 1
-        return list(self.readers.values())[at], number - int(self.firsts[at])
+        return self.each[at], number - int(self.firsts[at])
 
     def where(self, number: int) -> str:
         """`file:line` of a row."""
@@ -95,12 +96,13 @@ def gates(
             found[verdict.left_out] = np.append(found.get(verdict.left_out, np.zeros(0, np.int64)), number)
     if data.dedup != "keep":
         found[EXACT] = duplicates_of(keys)[0]
-    if data.dedup == "near":
-        near = near_first(rows, keys, cache_dir=cache_dir, progress=progress)
-        found[NEAR] = np.flatnonzero(near >= 0)
     if data.decontaminate.paths:
         benchmarks = Benchmarks(data.decontaminate.paths, ngram=data.decontaminate.ngram, cache_dir=cache_dir)
         found[IN_BENCHMARK] = contaminated(rows, benchmarks, cache_dir=cache_dir, progress=progress)
+    if data.dedup == "near":  # a row that is gone anyway takes no other with it
+        gone = np.unique(np.concatenate(list(found.values())))
+        near = near_first(rows, keys, without=gone, cache_dir=cache_dir, progress=progress)
+        found[NEAR] = np.flatnonzero(near >= 0)
     stale = len(verdicts) - len({verdict.key for verdict in judged.values()})
     warnings = (
         [f"data.verdicts: {stale:,} of {len(verdicts):,} verdicts are on rows that are not there"] if stale else []
@@ -125,7 +127,7 @@ def row_keys(rows: AllRows, *, cache_dir: str, progress: Progress | None = None)
     if saved is not None and "keys" in saved and len(saved["keys"]) == len(rows):
         return saved["keys"]
     keys, number = np.zeros(len(rows), np.uint64), 0
-    for reader in rows.readers.values():
+    for reader in rows.each:
         for row in range(len(reader.source)):
             keys[number] = row_key(texts_of(reader, row)) or 0
             number += 1
@@ -144,15 +146,27 @@ def duplicates_of(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_first(
-    rows: AllRows, keys: np.ndarray, *, cache_dir: str, progress: Progress | None = None, workers: int = 1
+    rows: AllRows,
+    keys: np.ndarray,
+    *,
+    without: np.ndarray | None = None,
+    cache_dir: str,
+    progress: Progress | None = None,
+    workers: int = 1,
 ) -> np.ndarray:
-    """For each row the first that says nearly the same, int64 [n]; -1 for none, and for exact duplicates."""
-    key = digest_of(rows.key, rules_digest(_NEAR_RULES))
+    """For each row the first that says nearly the same, int64 [n]; -1 for none, and for exact duplicates.
+
+    Rows of the numbers `without` are not looked at.
+    """
+    without = np.zeros(0, np.int64) if without is None else without
+    repeated = duplicates_of(keys)[0]
+    left = np.setdiff1d(without, repeated)
+    key = digest_of(rows.key, rules_digest(_NEAR_RULES), left.tobytes().hex())
     path = os.path.join(cache_dir, "left_out", f"near-{key}.npz")
     saved = read_arrays(path)
     if saved is not None and "first" in saved and len(saved["first"]) == len(rows):
         return saved["first"]
-    alone = np.setdiff1d(np.flatnonzero(keys != 0), duplicates_of(keys)[0])
+    alone = np.setdiff1d(np.flatnonzero(keys != 0), np.union1d(repeated, left))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         near = near_duplicates(
@@ -175,7 +189,7 @@ def contaminated(
     if saved is not None and "rows" in saved:
         return saved["rows"]
     found, number = [], 0
-    for reader in rows.readers.values():
+    for reader in rows.each:
         for row in range(len(reader.source)):
             if benchmarks.found(texts_of(reader, row)) is not None:
                 found.append(number)

@@ -80,6 +80,15 @@ def test_near_duplicates_are_left_out_too(open_, write_rows):
     assert trained(stream) == {(0, 0), (0, 1), (0, 2)} and losses(stream) == [{"near duplicate": (1, 4)}]
 
 
+def test_a_row_that_was_dropped_takes_no_near_duplicate_with_it(open_, write_rows, tmp_path):
+    rows = pairs(2)
+    rows[0] = {"prompt": "Tell me of the bridge.", "completion": LONG}
+    rows[1] = {"prompt": "Tell me of the bridge.", "completion": LONG.replace("long ago", "years ago")}
+    path = write_rows("a.jsonl", rows)
+    verdicts = save_verdicts(tmp_path, {"key": key_of(open_(make_config(path)), 0), "verdict": "drop"})
+    assert trained(open_(make_config(path, dedup="near", verdicts=verdicts))) == {(0, 1)}
+
+
 def test_what_is_left_out_on_purpose_is_not_lost(open_, copied):
     plain, deduplicated = open_(make_config(*copied)), open_(make_config(*copied, dedup="exact", max_lost=0.0))
     assert deduplicated.funnel.total("tokens_lost") == 0 and not deduplicated.warnings
