@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         return asking.fail(error, 1)
     except KeyboardInterrupt:
-        return asking.fail(RuntimeError("interrupted; nothing was written"), 1)
+        return asking.fail(RuntimeError("interrupted; audit.json and audit.html were not written"), 1)
 
 
 def _check(flags: argparse.Namespace, config: Config) -> None:

@@ -2,8 +2,6 @@
 
 import collections
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,15 +101,6 @@ def flagged_rows(look: Look, names: Sequence[str]) -> list[dict[str, Any]]:
                 if flag not in told["flags"]:
                     told["flags"].append(flag)
     return list(out.values())
-
-
-def write_json(path: str, told: Any) -> None:
-    """Writes plain values, aside first."""
-    aside = f"{path}.{os.getpid()}"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(told, file, ensure_ascii=False, indent=1, allow_nan=False)
-        file.write("\n")
-    os.replace(aside, path)
 
 
 def _warnings(surveyed: Surveyed) -> list[str]:

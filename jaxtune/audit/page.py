@@ -3,7 +3,6 @@
 import html
 import importlib.resources
 import json
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 _LISTED = 5000  # lost rows and duplicates on the page; audit.json has all
 
 
-def write_page(path: str, told: Mapping[str, Any], samples: Mapping[str, Any], *, title: str) -> None:
-    """Writes the page of an audit: `told` is audit.json's content, `samples` the examples that are shown."""
+def page_of(told: Mapping[str, Any], samples: Mapping[str, Any], *, title: str) -> str:
+    """The page of an audit: `told` is audit.json's content, `samples` the examples that are shown."""
     data = {"title": title, "audit": _shortened(told), **samples}
     assets = importlib.resources.files("jaxtune") / "assets" / "audit"
     page = (assets / "page.html").read_text(encoding="utf-8")
@@ -23,11 +22,7 @@ def write_page(path: str, told: Mapping[str, Any], samples: Mapping[str, Any], *
         "@SCRIPT@": (assets / "page.js").read_text(encoding="utf-8"),
     }
     pieces = re.split(r"(@[A-Z]+@)", page)  # once, for the texts put in may say anything
-    page = "".join(parts.get(piece, piece) for piece in pieces)
-    aside = f"{path}.{os.getpid()}"
-    with open(aside, "w", encoding="utf-8", errors="replace") as file:
-        file.write(page)
-    os.replace(aside, path)
+    return "".join(parts.get(piece, piece) for piece in pieces)
 
 
 def _embedded(data: Mapping[str, Any]) -> str:
@@ -41,6 +36,7 @@ def _shortened(told: Mapping[str, Any]) -> dict[str, Any]:
     out = json.loads(json.dumps(told))
     out["lost_rows_in_all"] = len(out["lost_rows"])
     out["lost_rows"] = out["lost_rows"][:_LISTED]
+    del out["flagged_rows"]  # the examples have flags of their own
     for copies in out["duplicates"].values():
         if copies:
             copies["rows"] = copies["rows"][:_LISTED]

@@ -13,7 +13,7 @@ from jaxtune.data.examples import RowReader
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.quality.kinds import KINDS
 from jaxtune.data.quality.scores import Scores
-from jaxtune.data.records import NothingToLearn, RowError
+from jaxtune.data.records import Message, NothingToLearn, RowError
 from jaxtune.data.row_results import STAGES
 from jaxtune.data.row_texts import row_key, texts_of
 
@@ -67,7 +67,7 @@ class Samples:
             "message": result.message,
             "tokens": result.tokens,
             "trained": result.trained,
-            "messages": [m.as_dict() for c in conversations[:1] for m in c.messages],
+            "messages": [_message(m) for c in conversations[:1] for m in c.messages],
             "editable": len(conversations) == 1 and not worded,
             "parts": [part for example in result.examples for part in self._parts(example)],
             **_told(facts),
@@ -164,6 +164,12 @@ def _problems_of(surveyed: Surveyed, leaf: int) -> Mapping[str, list[int]]:
         entries = np.flatnonzero(np.isin(table.rows, of))
         out[what.removesuffix(" of")] = entries.tolist()
     return {problem: entries for problem, entries in out.items() if entries}
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """A message as a verdict may give it back."""
+    weight = {} if message.weight is None else {"weight": message.weight}
+    return {**message.as_dict(), **weight}
 
 
 def _told(facts: np.void) -> dict[str, Any]:

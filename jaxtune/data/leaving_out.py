@@ -23,7 +23,7 @@ from jaxtune.data.quality.near import near_duplicates
 from jaxtune.data.records import Message
 from jaxtune.data.row_texts import row_key, texts_of
 from jaxtune.data.saved_arrays import digest_of, read_arrays, write_arrays
-from jaxtune.data.verdicts import Verdict, read_verdicts
+from jaxtune.data.verdicts import UNFIXED, Verdict, read_verdicts
 
 EXACT, NEAR, IN_BENCHMARK = "exact duplicate", "near duplicate", "in a benchmark"
 _VERSION = "1"  # of what rows are compared by
@@ -92,8 +92,9 @@ def gates(
     keys = row_keys(rows, cache_dir=cache_dir, progress=progress)
     judged = {int(i): verdicts[key] for i, key in _matching(keys, verdicts)}
     for number, verdict in judged.items():
-        if verdict.left_out:
-            found[verdict.left_out] = np.append(found.get(verdict.left_out, np.zeros(0, np.int64)), number)
+        worded = bool(verdict.messages) and _is_worded(rows.place(number)[0])  # which no messages can stand for
+        if reason := UNFIXED if worded else verdict.left_out:
+            found[reason] = np.append(found.get(reason, np.zeros(0, np.int64)), number)
     if data.dedup != "keep":
         found[EXACT] = duplicates_of(keys)[0]
     if data.decontaminate.paths:
@@ -113,9 +114,9 @@ def gates(
         dataclasses.replace(
             gate,
             left_out={reason: of[name] for reason, of in by_reason.items() if name in of},
-            corrected={} if _is_worded(leaf.reader) else corrections.get(name, {}),
+            corrected=corrections.get(name, {}),
         )
-        for gate, leaf, name in zip(plain, leaves, rows.names, strict=True)
+        for gate, name in zip(plain, rows.names, strict=True)
     ]
     return gated, warnings
 
@@ -210,7 +211,7 @@ def _corrections(rows: AllRows, judged: Mapping[int, Verdict]) -> dict[str, dict
     out: dict[str, dict[int, tuple[Message, ...]]] = {}
     names = list(rows.readers)
     for number, verdict in judged.items():
-        if verdict.messages:
+        if verdict.messages and not _is_worded(rows.place(number)[0]):
             at = int(np.searchsorted(rows.firsts, number, side="right")) - 1
             out.setdefault(names[at], {})[number - int(rows.firsts[at])] = verdict.messages
     return out

@@ -70,4 +70,10 @@ def _message(told: Mapping[str, Any], here: str) -> Message:
     weight = told.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0):
         raise ValueError(f"{here}: a weight is {weight!r}; expected a number of at least 0")
-    return Message(told["role"], told["content"], weight=weight)
+    calls = told.get("tool_calls") or ()
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"{here}: tool_calls is {calls!r}; expected a list of objects")
+    fields = {k: v for k, v in told.items() if k not in ("role", "content", "weight", "tool_calls")}
+    if not all(isinstance(value, str) for value in fields.values()):
+        raise ValueError(f"{here}: a message has {', '.join(fields)}; expected texts")
+    return Message(told["role"], told["content"], weight=weight, fields=fields, tool_calls=tuple(calls))

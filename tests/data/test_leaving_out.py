@@ -154,6 +154,35 @@ def test_a_row_that_is_to_be_fixed_is_left_out_until_it_is(open_, write_rows, tm
     assert losses(open_(make_config(path, verdicts=verdicts))) == [{"to be fixed, says a verdict": (1, 1)}]
 
 
+def test_a_corrected_message_keeps_its_weight_fields_and_calls(open_, write_rows, tmp_path):
+    path = write_rows("a.jsonl", pairs(2))
+    call = {"type": "function", "function": {"name": "find", "arguments": {"what": "it"}}}
+    messages = [
+        {"role": "user", "content": "Add. 2 3", "instruction": "Add.", "input": "2 3"},
+        {"role": "assistant", "content": "First.", "weight": 0},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Five.", "weight": 0.5, "tool_calls": [call]},
+    ]
+    verdicts = save_verdicts(
+        tmp_path, {"key": key_of(open_(make_config(path)), 0), "verdict": "fix", "messages": messages}
+    )
+    [one] = open_(make_config(path, verdicts=verdicts)).maker.readers[0].examine([0])
+    said = one.conversations[0].messages
+    assert said[0].fields == {"instruction": "Add.", "input": "2 3"} and said[1].weight == 0
+    assert said[3].tool_calls == (call,) and set(one.result.examples[0].weights.tolist()) == {0.0, 0.5}
+
+
+def test_a_correction_of_a_row_that_templates_word_leaves_it_out(open_, write_rows, tmp_path):
+    ask = {"name": "ask", "task": "*", "kind": "zero-shot", "input": "{q}", "target": "{a}"}
+    path = write_rows("a.jsonl", [{"q": f"{i} + {i}?", "a": f"{2 * i}"} for i in range(4)])
+    source = {"path": path, "templates": (ask,)}
+    key = key_of(open_(make_config(source, template="plain")), 1)
+    messages = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1!"}]
+    verdicts = save_verdicts(tmp_path, {"key": key, "verdict": "fix", "messages": messages})
+    stream = open_(make_config(source, template="plain", verdicts=verdicts))
+    assert losses(stream) == [{"to be fixed, says a verdict": (1, 2)}]
+
+
 def test_verdicts_on_rows_that_are_not_there_are_told(open_, write_rows, tmp_path):
     verdicts = save_verdicts(tmp_path, {"key": "00000000000000ff", "verdict": "drop"})
     stream = open_(make_config(write_rows("a.jsonl", pairs(3)), verdicts=verdicts))

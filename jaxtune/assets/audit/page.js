@@ -262,11 +262,18 @@ function inside(e, i) {
     verdicts[e.key] && verdicts[e.key].verdict === "fix" ? correcting(e) : null);
 }
 
+// What a template reads beside the text (Alpaca's input) belongs to the old text; weights and calls of tools stay.
+function said(message, content) {
+  if (content === message.content) return message;
+  return Object.fromEntries([["role", message.role], ["content", content],
+    ...["weight", "tool_calls"].filter((key) => key in message).map((key) => [key, message[key]])]);
+}
+
 function correcting(e) {
   if (!e.editable) return make("p", { class: "quiet" }, "This row is worded by a template or gives several conversations: correct it in its file. Until then it is left out.");
-  const now = (verdicts[e.key].messages || e.messages).map((m) => ({ role: m.role, content: m.content }));
+  const now = verdicts[e.key].messages || e.messages;
   const areas = now.map((m) => make("label", { class: "turn" }, make("b", {}, m.role), make("textarea", { "data-role": m.role }, m.content)));
-  const apply = () => { e.corrected = now.map((m, n) => ({ role: m.role, content: areas[n].querySelector("textarea").value })); judge(e, "fix"); list(); };
+  const apply = () => { e.corrected = now.map((m, n) => said(m, areas[n].querySelector("textarea").value)); judge(e, "fix"); list(); };
   return make("div", { class: "correcting" }, make("p", { class: "quiet" }, verdicts[e.key].messages ? "Corrected; this text is trained on in place of the row's." : "Left out until it is corrected here."),
     areas, make("button", { "data-apply": true, onclick: apply }, "Put this in its place"));
 }
