@@ -1,8 +1,13 @@
 """The command: exit codes, what it writes, and that it reads what training reads."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import audits
+import gcs_server
 import numpy as np
 import planted
 import pytest
@@ -229,3 +234,21 @@ def test_a_run_of_so_many_steps_is_told_how_full_an_epochs_rows_are(base, data, 
     by_steps = audits.run(base, tmp_path / "b", *words(data, "train.steps=7"))[1]["packing"]
     assert by_steps["steps"] == 7 and by_epochs["steps"] != 7
     assert by_steps["fill"] == by_epochs["fill"] and by_steps["rows"] == by_epochs["rows"]
+
+
+def test_an_output_may_be_a_bucket(base, data, tmp_path):
+    with gcs_server.serve() as (objects, variables):
+        out = f"gs://{gcs_server.BUCKET}/runs/mine"
+        arguments = [f"model.path={base}", f"output={out}", *words(data), "--workers", "1"]
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxtune.audit", *arguments],
+            env={**os.environ, **variables, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        stored = {name: objects.by_name[name].content for name in ("runs/mine/audit.json", "runs/mine/audit.html")}
+    assert json.loads(stored["runs/mine/audit.json"])["version"] == 1
+    assert stored["runs/mine/audit.html"].startswith(b"<!DOCTYPE html>")
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"], "and nothing here"
