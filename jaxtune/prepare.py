@@ -56,7 +56,7 @@ def _prepare(config: Config, flags: argparse.Namespace, runner_options: Sequence
     with terminal.counting("writing streamed rows into the cache") as progress:
         for sentence in streams.fetch_all(sources, cache_dir(), progress=progress):
             terminal.say(sentence)
-    with pooling.Pool(flags.workers or _cores()) as pool:
+    with pooling.Pool(flags.workers or _cores(), cache_dir=cache_dir()) as pool:
         stream, config = open_training_data(config, terminal, pool.read_all)
         folder = folder_of(config, stream.fingerprint)
         assert folder is not None  # refused before

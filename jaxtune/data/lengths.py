@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ class Wanted(NamedTuple):
 
 
 # As `read_here`, perhaps by other processes.
-ReadAll = Callable[[RowReader, Wanted, Progress | None, int, int], RowTable]
+ReadAll = Callable[[Sequence[RowReader], Sequence[Wanted], Progress | None, int, int], Iterable[RowTable]]
 
 
 def pairs(rows: np.ndarray, epochs: np.ndarray) -> Wanted:
@@ -107,18 +107,19 @@ def measure(
     found = _load(together, wanted, sides)
     if found is not None:
         return found
-    total, done, tables = sum(len(which.rows) for which in wanted), 0, []
-    for reader, which, key in zip(readers, wanted, own, strict=True):
-        path = os.path.join(folder, f"{key}.npz")
-        saved = _load(path, [which], [reader.sides])
-        if saved is None:
-            saved = [(read_all or read_here)(reader, which, progress, done, total)]
-            if len(readers) > 1:
-                _save(path, saved)
-        tables += saved
-        done += len(which.rows)
-    _save(together, tables)
-    return tables
+    paths = [os.path.join(folder, f"{key}.npz") for key in own]
+    saved = [_load(path, [which], [n]) for path, which, n in zip(paths, wanted, sides, strict=True)]
+    missing = [i for i, tables in enumerate(saved) if tables is None]
+    total = sum(len(which.rows) for which in wanted)
+    done = total - sum(len(wanted[i].rows) for i in missing)
+    read = (read_all or read_here)([readers[i] for i in missing], [wanted[i] for i in missing], progress, done, total)
+    for i, table in zip(missing, read, strict=True):
+        saved[i] = [table]
+        if len(readers) > 1:
+            _save(paths[i], [table])
+    whole = [table for tables in saved if tables is not None for table in tables]
+    _save(together, whole)
+    return whole
 
 
 def cached_hashes(
@@ -200,15 +201,18 @@ def _wanted_key(key: str, wanted: Wanted) -> str:
     return digest.hexdigest()
 
 
-def read_here(reader: RowReader, wanted: Wanted, progress: Progress | None, done: int, total: int) -> RowTable:
-    """The table of the rows wanted, read by this process; `done` of `total` rows were read before."""
-    blocks = []
-    for block in portions(wanted):
-        blocks.append(tabulate(reader, block, reader.read(*numbers(block))))
-        done += len(block.rows)
-        if progress is not None:
-            progress(done, total)
-    return joined(reader, wanted, blocks)
+def read_here(
+    readers: Sequence[RowReader], wanted: Sequence[Wanted], progress: Progress | None, done: int, total: int
+) -> Iterator[RowTable]:
+    """The table of the rows wanted of each reader, read by this process; `done` of `total` rows were read before."""
+    for reader, which in zip(readers, wanted, strict=True):
+        blocks = []
+        for block in portions(which):
+            blocks.append(tabulate(reader, block, reader.read(*numbers(block))))
+            done += len(block.rows)
+            if progress is not None:
+                progress(done, total)
+        yield joined(reader, which, blocks)
 
 
 def portions(wanted: Wanted) -> Iterator[Wanted]:

@@ -32,20 +32,19 @@ class OtherDraws(ValueError):
 
 def encode(window: Window, draws: mixture.Draws, number: int, rows: Rows) -> bytes:
     """Bytes of window `number`, made of `draws`."""
-    weights = window.joined.weights
-    ends = np.flatnonzero(np.diff(weights.view(np.uint32), append=~weights.view(np.uint32)[-1:]))
+    values, runs, _ = runs_of(window.joined.weights)
     bad = json.dumps(window.bad, ensure_ascii=False).encode()
     arrays = [
         _counts(window.ids, draws),
         window.lengths.reshape(-1),
-        weights[ends],
-        np.diff(ends, prepend=-1),
+        values,
+        runs,
         window.order,
         np.diff(window.splits),
         np.frombuffer(bad, np.uint8),
         *rows.tokens_once(window.joined, window.lengths),
     ]
-    body = b"".join([_digest(draws, number), *map(_array_bytes, arrays)])
+    body = b"".join([_digest(draws, number), *map(array_bytes, arrays)])
     return hashlib.blake2b(body, digest_size=_CHECKSUM).digest() + body
 
 
@@ -56,7 +55,7 @@ def decode(record: bytes, draws: mixture.Draws, number: int, rows: Rows) -> Wind
         raise Damaged("its checksum is another")
     if body[:_DIGEST] != _digest(draws, number):
         raise OtherDraws("it is of other draws")
-    counts, lengths, values, runs, order, of_rows, bad, *tokens = _arrays(body[_DIGEST:])
+    counts, lengths, values, runs, order, of_rows, bad, *tokens = arrays_of(body[_DIGEST:])
     of_each = lengths.astype(np.int64).reshape(-1, len(rows.room))
     names = np.stack([draws.source, draws.row, draws.epoch], axis=1).astype(np.int64)
     return Window(
@@ -89,7 +88,23 @@ def _counts(ids: np.ndarray, draws: mixture.Draws) -> np.ndarray:
     return counts
 
 
-def _array_bytes(array: np.ndarray) -> bytes:
+def runs_of(weights: np.ndarray, lengths: Sequence[int] | np.ndarray = ()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The value and the length of each run of one weight, and how many runs each part has, where parts of `lengths`
+    are given: then no run reaches from one into the next. Two parts of 3 weights each::
+
+        runs_of([0, 0, 1, 1, 1, 1], [3, 3]) == ([0, 1, 1], [2, 1, 3], [2, 1])
+    """
+    bits = weights.view(np.uint32)
+    ends_run = np.diff(bits, append=~bits[-1:]) != 0
+    last = np.cumsum(np.asarray(lengths, np.int64)) - 1
+    ends_run[last] = True
+    ends = np.flatnonzero(ends_run)
+    of_each = np.diff(np.searchsorted(ends, last, side="right"), prepend=0)
+    return weights[ends], np.diff(ends, prepend=-1), of_each
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array of whole numbers, none negative, or of float32, with a head that says which and how many."""
     if array.dtype == np.float32:
         kind = "<f4"
     else:
@@ -99,7 +114,8 @@ def _array_bytes(array: np.ndarray) -> bytes:
     return _HEAD.pack(_KINDS.index(kind), len(array)) + array.astype(kind).tobytes()
 
 
-def _arrays(body: bytes) -> Iterator[np.ndarray]:
+def arrays_of(body: bytes | memoryview) -> Iterator[np.ndarray]:
+    """The arrays of `array_bytes`, end to end; views of what is given."""
     at = 0
     while at < len(body):
         kind, count = _HEAD.unpack_from(body, at)

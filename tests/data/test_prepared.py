@@ -379,7 +379,7 @@ def test_a_pool_makes_the_same_shards(prepare, write_rows, tmp_path):
     folder, _, one = prepare(config)
     alone = {name: pathlib.Path(folder.file(name)).read_bytes() for name in folder.names()}
     shutil.rmtree(folder.path)
-    with pooling.Pool(2) as pool:
+    with pooling.Pool(2, cache_dir=str(tmp_path / "cache")) as pool:
         _, _, other = prepare(config, make=pool.make)
         mine = multiprocessing.active_children()
     assert one[:9] == other[:9]
@@ -389,7 +389,7 @@ def test_a_pool_makes_the_same_shards(prepare, write_rows, tmp_path):
         assert not process.is_alive()
 
 
-def test_a_pool_reads_rows_as_this_process_does(open_, write_rows, monkeypatch):
+def test_a_pool_reads_rows_as_this_process_does(open_, write_rows, tmp_path, monkeypatch):
     """The length pass, in blocks: the tables are equal, and so is what is told of what was lost."""
     rows = pairs(700)
     rows[40], rows[650] = {"prompt": 3}, {"prompt": "long", "completion": "well " * 99}
@@ -397,7 +397,7 @@ def test_a_pool_reads_rows_as_this_process_does(open_, write_rows, monkeypatch):
     monkeypatch.setattr(pooling, "_FEW", 0)
     monkeypatch.setattr(lengths, "_BLOCK", 128)
     here = open_(config, cache_dir=str(pathlib.Path(config.data.train[0].path).parent / "here"))
-    with pooling.Pool(2) as pool:
+    with pooling.Pool(2, cache_dir=str(tmp_path / "cache")) as pool:
         there = open_(config, read_all=pool.read_all)
     assert here.funnel == there.funnel and here.funnel.table() == there.funnel.table()
     assert here.steps_per_run == there.steps_per_run and here.fill == there.fill
@@ -410,7 +410,11 @@ def test_two_pools_at_once_make_each_shard_once(prepare, open_, write_rows, tmp_
     wanted = folder.shards()
     shutil.rmtree(folder.path)
     maker, made = open_(config).maker, [[], []]
-    with pooling.Pool(1) as one, pooling.Pool(1) as other, concurrent.futures.ThreadPoolExecutor(2) as threads:
+    with (
+        pooling.Pool(1, cache_dir=str(tmp_path / "cache")) as one,
+        pooling.Pool(1, cache_dir=str(tmp_path / "cache")) as other,
+        concurrent.futures.ThreadPoolExecutor(2) as threads,
+    ):
         running = [
             threads.submit(pool.make, maker, folder, wanted, lambda shard, summary, mine=mine: mine.append(shard))
             for pool, mine in zip((one, other), made, strict=True)

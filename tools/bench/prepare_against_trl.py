@@ -57,6 +57,7 @@ def single_turns(files: list[str], rows: int) -> Iterator[tuple[str, str]]:
 
 def run_jaxtune(file: str, tokenizer: str, workers: str) -> dict[str, float]:
     """Rows a second, of windows alone and with the opening of the stream."""
+    from jaxtune import hub
     from jaxtune.config import Config
     from jaxtune.data import loader, pooling, prepared, preparing
     from jaxtune.data.chat.templates import load_tokenizer
@@ -69,7 +70,7 @@ def run_jaxtune(file: str, tokenizer: str, workers: str) -> dict[str, float]:
         train={"epochs": 1.0, "batch_rows": 8},  # type: ignore[arg-type]
         data={"train": ({"path": file},)},  # type: ignore[arg-type]
     )
-    with pooling.Pool(int(workers)) as pool:
+    with pooling.Pool(int(workers), cache_dir=hub.cache_dir()) as pool:
         began = time.perf_counter()
         stream = loader.open_stream(config, tokenizer=loaded, max_length=LENGTH, read_all=pool.read_all)
         opened = time.perf_counter() - began
