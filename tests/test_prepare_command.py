@@ -1,4 +1,4 @@
-"""`python -m jaxtune.prepare`: hit or miss, killed at any moment, several at once, streams, buckets, Beam."""
+"""`python -m jaxtune.prepare`: hit or miss, killed at any moment, several at once, streams, buckets."""
 
 import os
 import pathlib
@@ -12,10 +12,10 @@ import time
 import gcs_server
 import pytest
 import tiny_runs
+from prepared_folders import assert_complete, contents, folder_in, words
 
 from jaxtune import prepare
-from jaxtune.data.attaching import ABOUT
-from jaxtune.data.prepared import Folder, read_rows, read_summary
+from jaxtune.data.prepared import read_summary
 from jaxtune.train import train
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -29,30 +29,6 @@ def base(tmp_path_factory):
 @pytest.fixture
 def data(tmp_path):
     return tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(160))
-
-
-def words(base, data, tmp_path, *more):
-    mine = (f"data.prepared={tmp_path / 'prepared'}", "train.steps=null", "train.epochs=2")
-    return tiny_runs.words(base, data, tmp_path / "out", *mine, *more)
-
-
-def folder_in(path):
-    (name,) = [name for name in Folder(str(path)).names() if not name.startswith(".")]
-    return Folder(str(path)).inside(name)
-
-
-def assert_complete(folder, windows):
-    """Every window is in a whole shard, and nothing else lies about."""
-    shards = folder.shards()
-    assert [n for shard in shards for n in range(shard.first, shard.stop)] == list(range(windows))
-    assert all(read_summary(folder, shard) is not None for shard in shards)
-    assert len(read_rows(folder, windows).rows) == windows
-    known = {ABOUT, f"rows-{windows:08}.json", *(n for s in shards for n in (s.name, s.summary_name))}
-    assert set(folder.names()) == known
-
-
-def contents(folder):
-    return {name: pathlib.Path(folder.file(name)).read_bytes() for name in folder.names()}
 
 
 def start(words, cache, *flags, **options):
@@ -228,22 +204,6 @@ def test_a_bucket_holds_what_hosts_share(base, data, tmp_path, capsys, monkeypat
         fetched[0].write_bytes(content[:200] + bytes(40) + content[240:])  # damaged here, not there: fetched again
         assert prepare.main([*these, "--check"]) == 0
         assert "every record is whole" in capsys.readouterr().out and fetched[0].read_bytes() == content
-
-
-def test_beam_makes_the_same_shards(base, data, tmp_path):
-    pytest.importorskip("apache_beam")
-    assert prepare.main([*words(base, data, tmp_path), "--workers=1"]) == 0
-    pool = contents(folder_in(tmp_path / "prepared"))
-    with_beam = words(base, data, tmp_path, f"data.prepared={tmp_path / 'beam'}")
-    assert prepare.main([*with_beam, "--runner=Direct"]) == 0
-    assert contents(folder_in(tmp_path / "beam")) == pool
-    assert_complete(folder_in(tmp_path / "beam"), 20)
-
-
-def test_dataflow_is_refused_where_its_workers_cannot_read(base, data, tmp_path, capsys):
-    pytest.importorskip("apache_beam")
-    assert prepare.main([*words(base, data, tmp_path), "--runner=Dataflow", "--project=p"]) == 1
-    assert "workers of Dataflow cannot read" in capsys.readouterr().err
 
 
 def test_help_and_a_typo_do_not_wait_for_jax():

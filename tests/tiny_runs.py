@@ -5,7 +5,6 @@ import pathlib
 import shutil
 from typing import Any
 
-import hf_folders
 import numpy as np
 import tokenizers
 import transformers
@@ -43,6 +42,8 @@ def write_tokenizer(folder: pathlib.Path, *, chat_template: str | None = TEMPLAT
 
 def write_model(folder: pathlib.Path, kind: str = "llama32", **changes: Any) -> pathlib.Path:
     """Writes a two-layer model of a kind, 256 positions, with its tokenizer; returns the folder."""
+    import hf_folders  # only now: it needs torch, which an environment that prepares data lacks
+
     sizes = {"vocab_size": 280, "num_hidden_layers": 2, "max_position_embeddings": 256}
     hf_folders.tiny_folder(kind, folder, **{**sizes, **changes})
     return write_tokenizer(folder)
