@@ -61,6 +61,7 @@ def test_tool_calls_have_twenty_exact_duplicates(audited):
     assert document["funnel"]["total"]["rows"] == 220 and document["duplicates"]["exact"]["count"] == 20
 
 
+@pytest.mark.long
 def test_every_question_of_gsm8k_stands_in_the_chains_of_thought_too(audited, shared):
     """5,657 of 7,473 are the same to the letter once newlines are alike, all of them but for white space."""
     path = shared / "gsm8k" / "train.jsonl"
@@ -82,6 +83,7 @@ def test_unanswered_questions_of_message_trees_are_told(audited, shared):
     assert total["rows"] == 70 and total["stages"]["parsed"] == 70 and not errors(document)
 
 
+@pytest.mark.long
 def test_a_benchmark_is_found_in_the_data(audited, shared):
     path = shared / "gsm8k" / "train.jsonl"
     document, _ = audited("cot/gsm8k.tsv", more=("--skip", "near", f"data.decontaminate.paths=[{path}]"))
