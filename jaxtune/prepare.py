@@ -14,6 +14,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtune import asking
 from jaxtune.compat import prepare_environment
@@ -42,7 +43,16 @@ def main(words: Sequence[str]) -> int:
 
 
 def _prepare(config: Config, flags: argparse.Namespace, runner_options: Sequence[str]) -> None:
-    from jaxtune.data import beaming, pooling, preparing  # only now: a mistake in the configuration should not wait
+    from jaxtune.data import pooling  # only now: a mistake in the configuration should not wait
+    from jaxtune.hub import cache_dir
+
+    with pooling.Pool(flags.workers or _cores(), cache_dir=cache_dir()) as pool:
+        pool.begin()  # they load their libraries while this process loads its own
+        _prepare_with(pool, config, flags, runner_options)
+
+
+def _prepare_with(pool: Any, config: Config, flags: argparse.Namespace, runner_options: Sequence[str]) -> None:
+    from jaxtune.data import beaming, preparing
     from jaxtune.data.files import streams
     from jaxtune.data.planning import evaluation_tree, training_tree
     from jaxtune.data.prepared import folder_of
@@ -56,21 +66,20 @@ def _prepare(config: Config, flags: argparse.Namespace, runner_options: Sequence
     with terminal.counting("writing streamed rows into the cache") as progress:
         for sentence in streams.fetch_all(sources, cache_dir(), progress=progress):
             terminal.say(sentence)
-    with pooling.Pool(flags.workers or _cores(), cache_dir=cache_dir()) as pool:
-        stream, config = open_training_data(config, terminal, pool.read_all)
-        folder = folder_of(config, stream.fingerprint)
-        assert folder is not None  # refused before
-        terminal.say(dataclasses.replace(stream, told_prepared="").describe())  # what there is of it is said below
-        for sentence in stream.warnings:
-            terminal.warn(sentence)
-        if flags.check:
-            with terminal.working("reading every record"):
-                damaged = preparing.check(stream, config, folder, cache=cache_dir(), say=terminal.say)
-            terminal.say(f"{damaged:,} shards are damaged" if damaged else "every record is whole")
-        beam = beaming.Beam(config, stream, flags.runner, runner_options) if flags.runner else None
-        make = beam.make if beam else pool.make
-        with terminal.counting("preparing", unit="windows") as progress:
-            outcome = preparing.prepare(config, stream, folder, make, say=terminal.say, progress=progress)
+    stream, config = open_training_data(config, terminal, pool.read_all)
+    folder = folder_of(config, stream.fingerprint)
+    assert folder is not None  # refused before
+    terminal.say(dataclasses.replace(stream, told_prepared="").describe())  # what there is of it is said below
+    for sentence in stream.warnings:
+        terminal.warn(sentence)
+    if flags.check:
+        with terminal.working("reading every record"):
+            damaged = preparing.check(stream, config, folder, cache=cache_dir(), say=terminal.say)
+        terminal.say(f"{damaged:,} shards are damaged" if damaged else "every record is whole")
+    beam = beaming.Beam(config, stream, flags.runner, runner_options) if flags.runner else None
+    make = beam.make if beam else pool.make
+    with terminal.counting("preparing", unit="windows") as progress:
+        outcome = preparing.prepare(config, stream, folder, make, say=terminal.say, progress=progress)
     terminal.say(outcome.describe())
     if outcome.made_windows:
         rate = outcome.made_draws / max(outcome.seconds, 1e-9)

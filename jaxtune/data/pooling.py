@@ -35,7 +35,9 @@ _AGAIN = 1.5  # draws of each row on average, from which on it pays to render th
 
 
 class Pool:
-    """Processes that read rows and make shards; a context, at whose end they are gone. They begin when first needed.
+    """Processes that read rows and make shards; a context, at whose end they are gone.
+
+    They begin when first needed, or with `begin`, while whoever needs them soon has other things to do.
 
     Rows that they read are kept as they were rendered, in `cache_dir` and until the end, for the windows.
     """
@@ -59,6 +61,12 @@ class Pool:
         if self._spool is not None:
             self._spool.close()
         self._folder.cleanup()
+
+    def begin(self) -> None:
+        """Has the processes begin now."""
+        with self._running() as executor:
+            for _ in range(self._workers):
+                executor.submit(os.getpid)
 
     def make(
         self, maker: WindowMaker, folder: Folder, shards: Sequence[Shard], done: Callable[[Shard, Summary], None]
