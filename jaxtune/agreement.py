@@ -52,6 +52,22 @@ def check_inputs(base: str, streams: Mapping[str, Stream | None]) -> None:
     )
 
 
+def check_counted(config: Config, stream: Stream | None) -> None:
+    """Raises ValueError on all hosts when only some know how many rows the run has, from what was prepared there."""
+    if hosts.count() == 1 or stream is None or config.train.steps is not None:
+        return
+    known = hosts.gather(stream.rows_of_windows is not None)
+    without = [name for name, knows in zip(hosts.names(), known, strict=True) if not knows]
+    if 0 < len(without) < len(known):
+        named = ", ".join(without[:5]) + (f" and {len(without) - 5:,} more" if len(without) > 5 else "")
+        raise ValueError(
+            f"data.prepared: {config.data.prepared} has all windows of this run on {len(known) - len(without)} of "
+            f"{len(known)} hosts, but not on {named}, so these cannot count its steps; expected a folder that all "
+            "hosts see, e.g. data.prepared=gs://BUCKET/prepared or one on a shared disk, the same command of "
+            "jaxtune.prepare on every host, or train.steps"
+        )
+
+
 def _refuse_other_leaves(leaves: Mapping[str, Any]) -> None:
     """Compares one digest, and value by value only where it differs: a mixture has thousands of keys."""
     digest = hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()

@@ -74,6 +74,7 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
     with hosts.together():
         inputs, config = open_inputs(config, str(folder.local), terminal)
     agreement.check_inputs(inputs.base.fingerprint, {"data": inputs.stream, "evaluation": inputs.eval_stream})
+    agreement.check_counted(config, inputs.stream)
 
     checkpoints = _open_checkpoints(config, folder, terminal)
     with checkpoints:

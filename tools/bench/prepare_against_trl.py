@@ -10,7 +10,8 @@ packed rows in memory, imports and reading left out. Ours is timed from JSON lin
 its processes counted. Opening the stream before that looks every row over, tells what is lost, and keeps what it
 rendered for the windows, so the rate of windows alone says little; "with opening" is the rate of the whole. "Process"
 compares the seconds of whole processes, from start to end with all that is imported. Caches are empty. The machine's
-speed drifts, so ratios are taken within a round. No row is repeated: a copy would find its words remembered.
+speed drifts, so ratios are taken within a round. No row is repeated to make
+more: a copy would find its words remembered.
 """
 
 import argparse
