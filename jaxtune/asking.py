@@ -78,15 +78,16 @@ def read_sampling(flags: argparse.Namespace) -> Sampling:
 
 def check_writable(path: str | None, flag: str) -> None:
     """Raises ValueError when a file cannot be written: better before the work than after it."""
-    if path is None:
-        return
+    real = None if path is None else os.path.realpath(path)
+    if real is None or (os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real)):
+        return  # a device or a pipe is not tried
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        is_new = not os.path.exists(path)
-        with open(path, "a", encoding="utf-8"):
+        os.makedirs(os.path.dirname(real), exist_ok=True)
+        is_new = not os.path.exists(real)
+        with open(real, "a", encoding="utf-8"):
             pass
         if is_new:
-            os.remove(path)  # an empty file would look like an answer
+            os.remove(real)  # an empty file would look like an answer
     except OSError as error:
         raise ValueError(f"{flag}: {path} cannot be written ({error.strerror}); expected a file") from None
 

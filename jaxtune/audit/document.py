@@ -27,8 +27,11 @@ def document(surveyed: Surveyed) -> tuple[dict[str, Any], list[Finding]]:
     total = statistics(look.tables, look.facts)
     tags = stream.plan.by_tag() if stream.plan is not None else {}
     flagged = flagged_rows(look, stream.source_names)
+    common = None if surveyed.eval_look is None else overlap(surveyed)
     told = findings(
         total,
+        overlap=common,
+        contaminated=len(surveyed.contaminated),
         first_of={flag: row["where"] for row in reversed(flagged) for flag in row["flags"]},
         by_tag=tags,
         stream_warnings=_warnings(surveyed),
@@ -59,7 +62,7 @@ def document(surveyed: Surveyed) -> tuple[dict[str, Any], list[Finding]]:
         else {
             "funnel": _funnel(surveyed.eval_stream),
             "lost_rows": lost_rows(surveyed.eval_look, surveyed.eval_stream.source_names),
-            "overlap": overlap(surveyed),
+            "overlap": common,
         },
         "lost_rows": lost_rows(look, stream.source_names),
         "flagged_rows": flagged,
@@ -91,15 +94,16 @@ def lost_rows(look: Look, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def flagged_rows(look: Look, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Every row with something to look at: `file:line`, and the names of its flags."""
+    """Every row with something to look at, source by source in their order: `file:line`, and its flags' names."""
     out: dict[str, dict[str, Any]] = {}
     for name, leaf, table, facts in zip(names, look.leaves, look.tables, look.facts, strict=True):
-        for flag, entries in flags(table, facts).items():
-            for row in table.rows[entries].tolist():
-                where = leaf.reader.source.where(row)
-                told = out.setdefault(where, {"where": where, "source": name, "flags": []})
-                if flag not in told["flags"]:
-                    told["flags"].append(flag)
+        found = flags(table, facts)
+        at = [(row, flag) for flag, entries in found.items() for row in table.rows[entries].tolist()]
+        for row, flag in sorted(at, key=lambda one: one[0]):
+            where = leaf.reader.source.where(row)
+            told = out.setdefault(where, {"where": where, "source": name, "flags": []})
+            if flag not in told["flags"]:
+                told["flags"].append(flag)
     return list(out.values())
 
 

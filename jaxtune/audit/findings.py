@@ -31,6 +31,8 @@ def findings(
     by_tag: Mapping[str, float],
     stream_warnings: Sequence[str],
     problems: Sequence[str],
+    overlap: Mapping[str, Any] | None = None,
+    contaminated: int = 0,
 ) -> list[Finding]:
     """All findings, the worst first.
 
@@ -40,12 +42,15 @@ def findings(
         by_tag: share of draws that sources with a tag get.
         stream_warnings: what the training command would say before step 1.
         problems: why it would not start.
+        overlap: rows that training has in common with evaluation (`survey.overlap`).
+        contaminated: rows left out for the words of a benchmark.
     """
     out = [Finding("error", "training stops", text) for text in problems]
     out += [Finding("warning", "before step 1", text) for text in stream_warnings]
     out += _of_defects(total["defects"], first_of)
     out += _of_rows(total)
     out += _of_shares(by_tag)
+    out += _of_others(overlap, contaminated)
     return out
 
 
@@ -96,6 +101,23 @@ def _of_shares(by_tag: Mapping[str, float]) -> list[Finding]:
         if share is not None and tag != "safety" and not least <= share <= most:
             text = f"tag {tag} gets {share:.1%} of the draws; general_mix's band for it is {least:.0%} to {most:.0%}"
             out.append(Finding("information", "general_mix", text))
+    return out
+
+
+def _of_others(overlap: Mapping[str, Any] | None, contaminated: int) -> list[Finding]:
+    """What the data has in common with evaluation and benchmarks."""
+    out = []
+    nothing: dict[str, Any] = {"count": 0}
+    whole, asked = (overlap["rows"], overlap["instructions"]) if overlap else (nothing, nothing)
+    if whole["count"]:
+        text = f"{whole['count']:,} training rows stand in the evaluation too, the first at {whole['rows'][0]}"
+        out.append(Finding("warning", "evaluation", text))
+    if asked["count"] > whole["count"]:
+        text = f"{asked['count']:,} training rows ask what an evaluation row asks, the first at {asked['rows'][0]}"
+        out.append(Finding("information", "evaluation", text))
+    if contaminated:
+        text = f"{contaminated:,} rows share words with a benchmark and are left out"
+        out.append(Finding("information", "benchmarks", text))
     return out
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -99,6 +100,7 @@ _readers: tuple[RowReader, ...] = ()  # of a worker process
 def _begin(readers: tuple[RowReader, ...], parent: int) -> None:
     global _readers
     _readers = readers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the audit, which ends its workers
     end_with(parent)
 
 

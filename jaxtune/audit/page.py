@@ -32,12 +32,11 @@ def _embedded(data: Mapping[str, Any]) -> str:
 
 
 def _shortened(told: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts with their longest lists cut."""
-    out = json.loads(json.dumps(told))
+    """The facts with their longest lists cut; flags are told with the examples."""
+    out = {key: value for key, value in told.items() if key != "flagged_rows"}
     out["lost_rows_in_all"] = len(out["lost_rows"])
     out["lost_rows"] = out["lost_rows"][:_LISTED]
-    del out["flagged_rows"]  # the examples have flags of their own
-    for copies in out["duplicates"].values():
-        if copies:
-            copies["rows"] = copies["rows"][:_LISTED]
+    out["duplicates"] = {
+        kind: copies and {**copies, "rows": copies["rows"][:_LISTED]} for kind, copies in out["duplicates"].items()
+    }
     return out

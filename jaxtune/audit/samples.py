@@ -22,6 +22,7 @@ _LEAST_EACH, _MOST = 2, 2000  # and of all problems together
 _PACKED_ROWS = 12
 _MOST_TOKENS = 4096  # shown of one example; the rest is counted
 _RAW = 4000  # characters shown of a row that cannot be read
+_LONG = 50_000  # and of a message; a longer one cannot be corrected on the page
 
 
 class Samples:
@@ -68,7 +69,7 @@ class Samples:
             "tokens": result.tokens,
             "trained": result.trained,
             "messages": [_message(m) for c in conversations[:1] for m in c.messages],
-            "editable": len(conversations) == 1 and not worded,
+            "editable": len(conversations) == 1 and not worded and not any(map(_is_cut, conversations[0].messages)),
             "parts": [part for example in result.examples for part in self._parts(example)],
             **_told(facts),
         }
@@ -101,7 +102,10 @@ class Samples:
             piece = str(self.tokenizer.convert_ids_to_tokens(i))
             # Alone, a piece of sentencepiece is decoded without the space that it begins with.
             self.pieces[i] = (piece.replace("▁", " ") if "▁" in piece else self.tokenizer.decode([i]), piece)
-        return {"side": side, "ids": ids, "weights": _runs(weights[:_MOST_TOKENS]), "more": len(tokens) - len(ids)}
+        text = self.tokenizer.decode(ids)  # where a character is several tokens, no box alone can show it
+        told = text if any("\ufffd" in self.pieces[i][0] for i in ids) else None
+        runs = _runs(weights[:_MOST_TOKENS])
+        return {"side": side, "ids": ids, "weights": runs, "more": len(tokens) - len(ids), "text": told}
 
     def _packed(self) -> list[list[dict[str, Any]]]:
         """The first rows of the first window: the segments of each, side by side."""
@@ -169,7 +173,11 @@ def _problems_of(surveyed: Surveyed, leaf: int) -> Mapping[str, list[int]]:
 def _message(message: Message) -> dict[str, Any]:
     """A message as a verdict may give it back."""
     weight = {} if message.weight is None else {"weight": message.weight}
-    return {**message.as_dict(), **weight}
+    return {**message.as_dict(), **weight, "content": message.content[:_LONG]}
+
+
+def _is_cut(message: Message) -> bool:
+    return len(message.content) > _LONG
 
 
 def _told(facts: np.void) -> dict[str, Any]:

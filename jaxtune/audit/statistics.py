@@ -27,6 +27,7 @@ def statistics(tables: Sequence[RowTable], facts: Sequence[Facts]) -> dict[str, 
     rows = noted.rows
     asked = rows[rows["kind"] != UNASKED]
     used = np.concatenate([np.zeros(0, bool), *(t.columns["examples"] > 0 for t in tables)])
+    once = np.concatenate([np.zeros(0, bool), *(_first_time(table) for table in tables)])
     read = _column(tables, "tokens") - _column(tables, "trained")
     return {
         "rows": len(rows),
@@ -45,8 +46,8 @@ def statistics(tables: Sequence[RowTable], facts: Sequence[Facts]) -> dict[str, 
             "reasoning_rows": int(np.count_nonzero(asked["reasons"])),
         },
         "languages": _languages(rows),
-        "duplicate_rows": _again(rows["key"]),
-        "duplicate_instructions": _again(asked["asked"]),
+        "duplicate_rows": _again(rows["key"][once]),
+        "duplicate_instructions": _again(rows["asked"][once & (rows["kind"] != UNASKED)]),
         "kinds": kinds_of(asked["kind"]),
         "better_kinds": kinds_of(asked["better_kind"]),
         "categories": dict(noted.categories.most_common()),
@@ -112,6 +113,13 @@ def _empty(tables: Sequence[RowTable]) -> int:
         for code, reason in enumerate(t.reasons)
         if reason in reasons
     )
+
+
+def _first_time(table: RowTable) -> np.ndarray:
+    """Whether an entry is its row's first: rows that are worded anew are in a table once for each epoch."""
+    first = np.zeros(len(table.rows), bool)
+    first[np.unique(table.rows, return_index=True)[1]] = True
+    return first
 
 
 def _again(keys: np.ndarray) -> int:

@@ -96,7 +96,7 @@ def survey(
     look, stream = looked("training")
     eval_look, eval_stream = looked("evaluation")
     began = time.perf_counter()
-    rows = AllRows([leaf.reader for leaf in look.leaves])
+    rows = AllRows(look.leaves)
     with terminal.counting("comparing rows") as progress:
         keys = _keys(rows, look)
         if keys is None:
@@ -161,13 +161,17 @@ def _used(look: Look) -> list[tuple[_Where, Facts]]:
 
 
 def _keys(rows: AllRows, look: Look) -> np.ndarray | None:
-    """The keys of all rows as they were noted; None where rows are worded, so that what was noted is not the row's."""
+    """The keys of all rows as they were noted.
+
+    None where rows are worded, so that what was noted is not the row's, or where some are held out and were not read.
+    """
     keys = np.zeros(len(rows), np.uint64)
     places = {name: int(first) for name, first in zip(rows.readers, rows.firsts, strict=False)}
     leaves = zip(look.leaves, look.tables, look.facts, rows.names, strict=True)
     for leaf, table, facts, name in leaves:
         reader = leaf.reader
-        if reader.phrasing is not None or reader.options.reasoning != "keep" or reader.gate.corrected:
+        worded = reader.phrasing is not None or reader.options.reasoning != "keep" or reader.gate.corrected
+        if worded or leaf.held_out:
             return None
         keys[places[name] + table.rows] = facts.rows["key"]
     return keys

@@ -305,11 +305,21 @@ class RowReader:
     def _newest_turns(self, conversation: Conversation, longest: int) -> list[Rendered]:
         """The system message with the newest whole turns that fit; none when the last turn alone does not."""
         system, rounds = rounds_of(conversation)
-        for first in range(1, len(rounds)):
+
+        def fits(first: int) -> Rendered | None:
             rendered = self.render(Conversation((*system, *sum(rounds[first:], ())), conversation.meta))
-            if len(rendered.tokens) <= longest:
-                return [rendered]
-        return []
+            return rendered if len(rendered.tokens) <= longest else None
+
+        low, high = 1, len(rounds)  # fewer turns are shorter: the first that fits is between these
+        found: list[Rendered] = []
+        while low < high:
+            middle = (low + high) // 2
+            rendered = fits(middle)
+            if rendered is None:
+                low = middle + 1
+            else:
+                high, found = middle, [rendered]
+        return found
 
     def _split(self, conversation: Conversation, whole: Rendered, longest: int) -> list[Rendered]:
         """Groups of whole turns, each group after the system message; a turn too long alone is cut into pieces.

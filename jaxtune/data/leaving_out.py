@@ -5,6 +5,7 @@ Leaves that read one source (styles, templates) leave out the same rows of it.
 """
 
 import dataclasses
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,13 +33,17 @@ _NEAR_RULES = ("near", "pairs", "minhash", "similarity", "words")
 
 
 class AllRows:
-    """The rows of several readers, numbered on through them; readers of one source count once."""
+    """The rows of some leaves, numbered on through them.
 
-    def __init__(self, readers: Sequence[RowReader]) -> None:
-        self.names = [digest_of(r.source.fingerprint, repr(r.layout), str(_is_worded(r))) for r in readers]
+    Leaves that are one source in several styles count once; so do those that word one file by several templates, which
+    is how task mixtures are meant. A file that two sources give as it is counts twice.
+    """
+
+    def __init__(self, leaves: Sequence[OpenLeaf]) -> None:
+        self.names = [_name(leaf) for leaf in leaves]
         self.readers: dict[str, RowReader] = {}
-        for name, reader in zip(self.names, readers, strict=True):
-            self.readers.setdefault(name, reader)
+        for name, leaf in zip(self.names, leaves, strict=True):
+            self.readers.setdefault(name, leaf.reader)
         self.each = tuple(self.readers.values())
         self.firsts = np.cumsum([0, *(len(reader.source) for reader in self.each)])
 
@@ -86,7 +91,7 @@ def gates(
     plain = [Gate(filters=filters) for _ in leaves]
     if data.dedup == "keep" and not data.decontaminate.paths and data.verdicts is None:
         return plain, []
-    rows = AllRows([leaf.reader for leaf in leaves])
+    rows = AllRows(leaves)
     found: dict[str, np.ndarray] = {}
     verdicts = read_verdicts(data.verdicts) if data.verdicts is not None else {}
     keys = row_keys(rows, cache_dir=cache_dir, progress=progress)
@@ -96,7 +101,7 @@ def gates(
         if reason := UNFIXED if worded else verdict.left_out:
             found[reason] = np.append(found.get(reason, np.zeros(0, np.int64)), number)
     if data.dedup != "keep":
-        found[EXACT] = duplicates_of(keys)[0]
+        found[EXACT] = np.union1d(duplicates_of(keys)[0], _held_elsewhere(rows, leaves, keys, config.seed))
     if data.decontaminate.paths:
         benchmarks = Benchmarks(data.decontaminate.paths, ngram=data.decontaminate.ngram, cache_dir=cache_dir)
         found[IN_BENCHMARK] = contaminated(rows, benchmarks, cache_dir=cache_dir, progress=progress)
@@ -162,7 +167,8 @@ def near_first(
     without = np.zeros(0, np.int64) if without is None else without
     repeated = duplicates_of(keys)[0]
     left = np.setdiff1d(without, repeated)
-    key = digest_of(rows.key, rules_digest(_NEAR_RULES), left.tobytes().hex())
+    compared = hashlib.blake2b(keys.tobytes() + left.tobytes(), digest_size=16).hexdigest()
+    key = digest_of(rows.key, rules_digest(_NEAR_RULES), compared)
     path = os.path.join(cache_dir, "left_out", f"near-{key}.npz")
     saved = read_arrays(path)
     if saved is not None and "first" in saved and len(saved["first"]) == len(rows):
@@ -201,6 +207,17 @@ def contaminated(
     return np.array(found, np.int64)
 
 
+def _held_elsewhere(rows: AllRows, leaves: Sequence[OpenLeaf], keys: np.ndarray, seed: int) -> np.ndarray:
+    """Numbers of the rows trained on that say what a row held out for evaluation says, int64 ascending."""
+    places = dict(zip(rows.readers, rows.firsts.tolist(), strict=False))
+    held = [places[name] + leaf.held_rows(seed) for leaf, name in zip(leaves, rows.names, strict=True) if leaf.held_out]
+    if not held:
+        return np.zeros(0, np.int64)
+    numbers = np.unique(np.concatenate(held))
+    same = np.flatnonzero(np.isin(keys, keys[numbers]) & (keys != 0))
+    return np.setdiff1d(same, numbers)
+
+
 def _matching(keys: np.ndarray, verdicts: Mapping[int, Verdict]) -> list[tuple[int, int]]:
     """(row number, key) of the rows that have a verdict."""
     wanted = np.array(sorted(verdicts), np.uint64)
@@ -215,6 +232,12 @@ def _corrections(rows: AllRows, judged: Mapping[int, Verdict]) -> dict[str, dict
             at = int(np.searchsorted(rows.firsts, number, side="right")) - 1
             out.setdefault(names[at], {})[number - int(rows.firsts[at])] = verdict.messages
     return out
+
+
+def _name(leaf: OpenLeaf) -> str:
+    reader = leaf.reader
+    worded = _is_worded(reader)
+    return digest_of(reader.source.fingerprint, repr(reader.layout), "worded" if worded else str(leaf.node.source))
 
 
 def _is_worded(reader: RowReader) -> bool:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.data.records import ROLES, Message
+from jaxtune.data.layouts.formats import check_turns
+from jaxtune.data.records import ROLES, Conversation, Message, NothingToLearn, RowError
 
 CHOICES = ("keep", "drop", "fix")
 DROPPED = "dropped by a verdict"
 UNFIXED = "to be fixed, says a verdict"
+_KEY, _HALF = re.compile("[0-9a-fA-F]{16}"), re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +57,32 @@ def _verdict(entry: Any, here: str) -> Verdict:
     if not isinstance(entry, dict) or entry.get("verdict") not in CHOICES:
         found = entry.get("verdict") if isinstance(entry, dict) else entry
         raise ValueError(f"{here}: found {found!r}; expected keep, drop or fix")
-    try:
-        key = int(entry["key"], 16)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{here}: key is {entry.get('key')!r}; expected the 16 hexadecimal digits of a row") from None
-    messages = tuple(_message(m, here) for m in entry.get("messages") or ())
+    digits = entry.get("key")
+    if not isinstance(digits, str) or not _KEY.fullmatch(digits):
+        raise ValueError(f"{here}: key is {digits!r}; expected the 16 hexadecimal digits of a row")
+    listed = entry.get("messages") or ()
+    if not isinstance(listed, list | tuple):
+        raise ValueError(f"{here}: messages is {listed!r}; expected a list of messages")
+    messages = tuple(_message(m, here) for m in listed)
     if messages and entry["verdict"] != "fix":
         raise ValueError(f"{here}: found messages beside {entry['verdict']}; only a fix has them")
-    return Verdict(key, str(entry.get("where", "")), entry["verdict"], messages)
+    try:
+        if messages:
+            check_turns(Conversation(messages))
+    except (RowError, NothingToLearn) as error:
+        raise ValueError(f"{here}: {error}; expected a whole conversation with an answer") from None
+    return Verdict(int(digits, 16), str(entry.get("where", "")), entry["verdict"], messages)
 
 
 def _message(told: Mapping[str, Any], here: str) -> Message:
     if not isinstance(told, dict) or told.get("role") not in ROLES or not isinstance(told.get("content"), str):
         raise ValueError(f"{here}: a message is {told!r}; expected a role ({', '.join(ROLES)}) and a content of text")
     weight = told.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0):
+    number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < float("inf")
+    if weight is not None and not number:
         raise ValueError(f"{here}: a weight is {weight!r}; expected a number of at least 0")
+    if _HALF.search(told["content"]):
+        raise ValueError(f"{here}: a content holds half of a surrogate pair, which is no character; expected text")
     calls = told.get("tool_calls") or ()
     if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"{here}: tool_calls is {calls!r}; expected a list of objects")

@@ -147,7 +147,7 @@ def test_rows_worded_anew_in_each_epoch_are_audited_as_they_are_drawn(base, tmp_
     (tmp_path / "c.yaml").write_text(json.dumps({"data": {"train": [source], "template": "plain"}}))
     code, document = audits.run(base, tmp_path / "out", str(tmp_path / "c.yaml"), "train.epochs=2", "--skip", "near")
     assert code == 0 and document["funnel"]["total"]["rows"] == 40, "each row in each of two epochs"
-    assert document["duplicates"]["exact"]["count"] == 0
+    assert document["duplicates"]["exact"]["count"] == 0 == document["statistics"]["duplicate_instructions"]
     page = (tmp_path / "out" / "audit.html").read_text()
     assert '"epoch":1' in page
 
@@ -252,3 +252,51 @@ def test_an_output_may_be_a_bucket(base, data, tmp_path):
     assert json.loads(stored["runs/mine/audit.json"])["version"] == 1
     assert stored["runs/mine/audit.html"].startswith(b"<!DOCTYPE html>")
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"], "and nothing here"
+
+
+def test_a_device_or_a_link_is_written_to_and_stays_what_it_is(base, data, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
+    arguments = [f"model.path={base}", f"output={tmp_path / 'o'}", *words(data), "--workers", "1"]
+    assert main([*arguments, "--json", str(tmp_path / "pipe")]) == 0
+    assert json.loads(reader.communicate()[0])["version"] == 1 and (tmp_path / "pipe").is_fifo()
+    assert main([*arguments, "--json", str(tmp_path / "link.json")]) == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text())["version"] == 1
+
+
+def test_the_first_row_of_a_defect_is_the_first_in_the_file(base, tmp_path):
+    rows = kinds_of_rows(20)
+    rows[6]["output"] += " \x07 &amp;"
+    rows[2]["output"] += " &amp;"
+    path = tiny_runs.write_rows(tmp_path / "rows.jsonl", rows)
+    _, document = audits.run(base, tmp_path / "out", *words(path))
+    told = [finding["text"] for finding in document["findings"] if finding["code"] == "HTML entities"]
+    assert told == [f"HTML entities in 2 rows, the first at {path}:3"]
+    assert [audits.line(row["where"]) for row in document["flagged_rows"]] == [3, 7]
+
+
+def test_the_audit_leaves_nothing_in_the_cache_that_training_would_take_for_more(base, tmp_path):
+    """Some rows are held out and not read: which are near duplicates is still found of all."""
+    rows = kinds_of_rows(40)
+    near = [{**row, "output": row["output"].replace("That opens", "It opens")} for row in rows]
+    path = tiny_runs.write_rows(tmp_path / "rows.jsonl", rows + near)
+    counts = []
+    for cache, audited in (("a", True), ("b", False)):
+        patched = pytest.MonkeyPatch()
+        patched.setenv("JAXTUNE_CACHE", str(tmp_path / cache))
+        more = words(path, "data.eval_fraction=0.3")
+        if audited:
+            audits.run(base, tmp_path / "out", *more)
+        given = [f"model.path={base}", f"output={tmp_path / 'run'}", *more, "data.dedup=near"]
+        reading, config = open_reading(decode(given), needs_weights=False)
+        stream = loader.open_stream(config, **reading.options)
+        counts.append((stream.funnel.sources[0].lost["near duplicate"].rows, stream.fingerprint))
+        patched.undo()
+    assert counts[0] == counts[1]
+
+
+def test_rows_of_the_evaluation_in_training_are_a_warning(base, data, tmp_path):
+    code, document = audits.run(base, tmp_path / "out", *words(data, f"data.eval.0.path={data}"), "--strict")
+    told = [finding["text"] for finding in document["findings"] if finding["level"] == "warning"]
+    assert code == 1 and told == [f"60 training rows stand in the evaluation too, the first at {data}:1"]

@@ -1,6 +1,7 @@
 """Rows left out on purpose: duplicates, benchmarks' texts, verdicts, low quality; the same rows in every epoch."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,10 @@ from jaxtune.data import loader
 from jaxtune.data.leaving_out import AllRows
 from jaxtune.data.row_texts import row_key, texts_of
 
+FIX = (
+    '{"verdicts": [{"key": "00000000000000ff", "verdict": "fix", "messages": [{"role": "user", "content": "Why?"}, '
+    '{"role": "assistant", "content": %s}]}]}'
+)
 LONG = "The old bridge over the river was built by seven masons in a single summer long ago, and it still stands."
 
 
@@ -68,6 +73,23 @@ def test_of_rows_that_say_the_same_the_first_is_trained_on(open_, copied):
     stream = open_(make_config(*copied, dedup="exact", train={"epochs": 2.0}))
     assert trained(stream) == {(0, row) for row in (0, 1, 2, 4, 5)} | {(1, row) for row in (1, 3, 4)}
     assert losses(stream) == [{"exact duplicate": (1, 4)}, {"exact duplicate": (2, 1)}]
+
+
+def test_a_file_given_twice_is_a_duplicate_of_itself(open_, write_rows):
+    path = write_rows("a.jsonl", pairs(5))
+    more = {"path": write_rows("b.jsonl", [*pairs(5), *pairs(1, start=70)])}
+    assert losses(open_(make_config(path, more, dedup="exact"))) == [{}, {"exact duplicate": (5, 1)}]
+    with pytest.raises(ValueError, match=r"again: none of its 5 rows can be trained on .5 exact duplicate"):
+        open_(make_config(path, {"path": path, "id": "again"}, dedup="exact"))
+
+
+@pytest.mark.parametrize("dedup", ["exact", "near"])
+def test_no_row_is_trained_on_that_says_what_a_held_out_row_says(open_, write_rows, dedup):
+    rows = pairs(30) * 2
+    config = make_config(write_rows("a.jsonl", rows), eval_fraction=0.3, dedup=dedup)
+    training, held = open_(config), open_(config, eval=True)
+    said = [{rows[row]["prompt"] for _, row in trained(stream)} for stream in (training, held)]
+    assert said[0] and said[1] and not said[0] & said[1]
 
 
 def test_near_duplicates_are_left_out_too(open_, write_rows):
@@ -189,19 +211,28 @@ def test_verdicts_on_rows_that_are_not_there_are_told(open_, write_rows, tmp_pat
     assert any("1 of 1 verdicts are on rows that are not there" in warning for warning in stream.warnings)
 
 
+ONE = '{"verdicts": [{"key": "00000000000000ff", "verdict": %s}]}'
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("{", "is not valid JSON"),
         ("[]", "has no list of verdicts"),
-        ('{"verdicts": [{"key": "0f", "verdict": "maybe"}]}', "verdict 1: found 'maybe'; expected keep, drop or fix"),
+        (
+            '{"verdicts": [{"key": "00000000000000ff", "verdict": "maybe"}]}',
+            "verdict 1: found 'maybe'; expected keep, drop or fix",
+        ),
         ('{"verdicts": [{"key": "xyz", "verdict": "drop"}]}', "key is 'xyz'"),
         ('{"verdicts": [{"verdict": "drop"}]}', "key is None"),
-        (
-            '{"verdicts": [{"key": "0f", "verdict": "drop", "messages": [{"role": "user", "content": "a"}]}]}',
-            "only a fix",
-        ),
-        ('{"verdicts": [{"key": "0f", "verdict": "fix", "messages": [{"role": "robot", "content": "a"}]}]}', "robot"),
+        ('{"verdicts": [{"key": "00000000000000000000", "verdict": "drop"}]}', "16 hexadecimal digits"),
+        ('{"verdicts": [{"key": "-000000000000001", "verdict": "drop"}]}', "16 hexadecimal digits"),
+        ('{"verdicts": [{"key": "00000000000000ff", "verdict": "fix", "messages": 5}]}', "expected a list"),
+        (FIX % '"a", "weight": Infinity', "a weight is inf"),
+        (FIX % '"\\ud800"', "half of a surrogate pair"),
+        (FIX % '" "', "empty answer"),
+        (ONE % '"drop", "messages": [{"role": "user", "content": "a"}]', "only a fix"),
+        (ONE % '"fix", "messages": [{"role": "robot", "content": "a"}]', "robot"),
     ],
 )
 def test_a_file_that_holds_no_verdicts_is_refused(open_, write_rows, tmp_path, text, told):
@@ -248,7 +279,9 @@ def test_filters_are_not_for_evaluation(open_, write_rows):
 
 
 def test_rows_of_all_sources_have_numbers_and_places(open_, copied):
-    rows = AllRows(open_(make_config(*copied)).maker.readers)
+    readers = open_(make_config(*copied)).maker.readers
+    named = [types.SimpleNamespace(reader=r, node=types.SimpleNamespace(source=i)) for i, r in enumerate(readers)]
+    rows = AllRows(named)
     assert len(rows) == 11 and rows.where(5).endswith("a.jsonl:6") and rows.where(6).endswith("b.jsonl:1")
     a, b = rows.names
     found = rows.by_source(np.array([0, 5, 6, 10]))

@@ -44,7 +44,7 @@ function histogram(caption, told) {
 
 // ---- verdicts, kept in this browser until they are saved as a file
 
-const stored = "jaxtune audit " + data.title;
+const stored = `jaxtune audit ${location.pathname} ${data.title}`;
 let verdicts = {};
 try { verdicts = JSON.parse(localStorage.getItem(stored) || "{}"); } catch { verdicts = {}; }
 
@@ -102,7 +102,8 @@ function tokenBoxes(part) {
 
 function partsOf(shown) {
   return shown.parts.map((part) => [
-    part.side === "sequence" ? null : make("b", { class: "quiet" }, part.side), tokenBoxes(part)]);
+    part.side === "sequence" ? null : make("b", { class: "quiet" }, part.side), tokenBoxes(part),
+    part.text ? make("details", {}, make("summary", {}, "As text (some characters are several tokens)"), make("div", { class: "tokens", dir: "auto" }, part.text)) : null]);
 }
 
 // ---- the parts of the page
@@ -136,9 +137,9 @@ function overview() {
         count(s.stages.kept), count(s.stages.fits), count(s.examples), count(s.tokens), share(s.trained_tokens, s.tokens), count(s.tokens_lost)]),
       [1, 2, 3, 4, 5, 6, 7, 8, 9]),
     make("h3", {}, "Why rows are lost"),
-    Object.keys(total.lost).length ? table(["reason", "does not reach", "rows", "tokens", "first"],
+    Object.keys(total.lost).length ? table(["source", "reason", "does not reach", "rows", "tokens", "first"],
       audit.funnel.sources.flatMap((s) => Object.entries(s.lost).map(([reason, l]) =>
-        [reason, l.stage, count(l.rows), count(l.tokens), make("code", {}, l.where)])), [2, 3]) : make("p", {}, "None is lost."),
+        [s.name, reason, l.stage, count(l.rows), count(l.tokens), make("code", {}, l.where)])), [3, 4]) : make("p", {}, "None is lost."),
     audit.mixture && audit.mixture.leaves.length > 1 ? [make("h2", {}, "Mixture: asked and realised"),
       table(["source", "examples", "asked", "realised", "epochs"], audit.mixture.leaves.map((l) =>
         [sourceLink(l.name), count(l.examples), percent(l.rate), percent(l.realised), l.epochs === null ? "" : l.epochs.toFixed(2)]), [1, 2, 3, 4])] : [],
@@ -181,6 +182,9 @@ function statistics() {
       ["rows that reason in steps", count(told.responses.reasoning_rows)], ["rows that repeat another", count(told.duplicate_rows)],
       ["instructions that repeat another", count(told.duplicate_instructions)]], [1]),
     scores.length ? [make("h3", {}, "Scores, means"), table(["score", "mean"], scores, [1])] : [],
+    shownSource ? [] : [make("h3", {}, "Shares"), table(["", "of draws", "of trained tokens"], [
+      ...Object.entries(audit.shares.draws_by_tag).map(([tag, s]) => [`tag ${tag}`, percent(s), percent(audit.shares.trained_tokens_by_tag[tag])]),
+      ["rows that reason in steps (of those with an instruction)", percent(audit.shares.reasoning_rows), ""]], [1, 2])],
   ].flat();
 }
 
@@ -344,7 +348,11 @@ document.addEventListener("keydown", (event) => {
   const example = here >= 0 ? data.examples[found[here]] : null;
   const verdict = { y: "keep", x: "drop", f: "fix", u: null };
   if (event.key >= "1" && event.key <= String(names.length)) open(names[Number(event.key) - 1]);
-  else if (event.key === "/") { event.preventDefault(); open("examples"); document.getElementById("search").focus(); }
+  else if (event.target.getAttribute("role") === "tab" && ["ArrowLeft", "ArrowRight"].includes(event.key)) {
+    const next = names[(names.indexOf(part) + (event.key === "ArrowRight" ? 1 : names.length - 1)) % names.length];
+    open(next);
+    document.getElementById(`tab-${next}`).focus();
+  } else if (event.key === "/") { event.preventDefault(); open("examples"); document.getElementById("search").focus(); }
   else if (event.key === "j") { if (part !== "examples") open("examples"); step(1); }
   else if (event.key === "k") step(-1);
   else if (event.key === "s") saveVerdicts();

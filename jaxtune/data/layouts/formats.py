@@ -74,7 +74,7 @@ class Layout:
         for conversation in conversations:
             opened = self._with_system(conversation)
             try:
-                _check_turns(opened)
+                check_turns(opened)
                 out.append(opened)
             except NothingToLearn as reason:
                 nothing = reason
@@ -376,7 +376,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def _check_turns(conversation: Conversation) -> None:
+def check_turns(conversation: Conversation) -> None:
     """Raises RowError for roles out of order, NothingToLearn where no answer is given."""
     messages = conversation.messages
     roles = [message.role for message in messages]
