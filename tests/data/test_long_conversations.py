@@ -65,3 +65,20 @@ def test_every_answer_and_call_of_real_conversations_survives_splitting(name, sp
             elif turn["from"] == "function_call":
                 assert json.dumps(json.loads(turn["value"]), ensure_ascii=False) in joined
         assert all(example.weights.any() for example in result.examples)
+
+
+def test_the_newest_turns_that_fit_are_found_in_a_few_renderings(byte_tokenizer, write_rows, monkeypatch):
+    rows = [rounds(*[f"answer {n}" for n in range(500)])]
+    source = sources.open_source(SourceConfig(path=write_rows("a.jsonl", rows)))
+    chatml, plain = (templates.load_template(name, byte_tokenizer) for name in ("chatml", "plain"))
+    options = ExampleOptions(max_length=600, overlong="truncate_turns")
+    reader = RowReader(source, formats.find_layout(rows), chatml, text_template=plain, options=options)
+    tried = []
+    render = RowReader.render
+    monkeypatch.setattr(RowReader, "render", lambda self, said: tried.append(len(said.messages)) or render(self, said))
+    [result] = reader.read([0])
+    [example] = result.examples
+    assert 0 < 601 - len(example.tokens) - 1 < 60 and len(tried) <= 10
+    assert byte_tokenizer.decode(example.targets[example.weights > 0]).rstrip().endswith("answer 499<|im_end|>")
+    kept = len(render(reader, reader.conversations(0)[0]).tokens) - result.lost_tokens
+    assert kept == len(example.tokens) + 1
