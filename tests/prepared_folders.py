@@ -1,9 +1,13 @@
 """What `python -m jaxtune.prepare` is asked for and leaves, in tests."""
 
+import multiprocessing
+import os
 import pathlib
+import sys
 
 import tiny_runs
 
+from jaxtune import prepare
 from jaxtune.data.attaching import ABOUT
 from jaxtune.data.prepared import Folder, read_rows, read_summary
 
@@ -33,3 +37,27 @@ def assert_complete(folder, windows):
 def contents(folder):
     """name -> bytes of all that is in a folder."""
     return {name: pathlib.Path(folder.file(name)).read_bytes() for name in folder.names()}
+
+
+PRELOADED = ["jaxtune.prepare", "jaxtune.inputs", "jaxtune.metrics", "jaxtune.data.beaming", "jaxtune.data.preparing",
+             "jaxtune.data.pooling", "transformers", "tiny_runs"]  # fmt: skip
+
+
+def command_in_a_fork(words, cache, log):
+    """Starts the command in a fork that has imported everything and done nothing; what it says goes into `log`.
+
+    Twenty starts of a process would take longer than all that these are to do.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_command, args=(words, str(cache), str(log)))
+    process.start()
+    return process
+
+
+def _command(words, cache, log):
+    os.environ["JAXTUNE_CACHE"] = cache
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.exit(prepare.main(words))
