@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from jaxtune.asking import check_writable
 from jaxtune.audit.document import document
+from jaxtune.audit.looking import warm_up
 from jaxtune.audit.page import page_of
 from jaxtune.audit.samples import Samples
 from jaxtune.audit.summary import summary
@@ -36,6 +37,7 @@ def audit(
     path = joined(config.output, JSON) if json_path is None else json_path
     if json_path not in (None, "-"):
         check_writable(path, "--json")
+    warm_up(workers)
     reading, config = open_reading(config, needs_weights=False)
     surveyed = survey(config, reading, terminal, workers=workers, skip=skip)
     told, found = document(surveyed)

@@ -2,11 +2,12 @@
 
 import concurrent.futures
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtune.audit.facts import Facts, facts_of, joined
 from jaxtune.data import lengths
@@ -81,10 +82,19 @@ class Look:
             for portion in portions:
                 yield read_portion(readers[portion.reader], portion.wanted, self.noted)
             return
-        context = multiprocessing.get_context("forkserver")
+        context = warm_up(self.workers)
         begin = (tuple(readers), os.getpid())
         with concurrent.futures.ProcessPoolExecutor(self.workers, context, _begin, begin) as pool:
             yield from pool.map(_read_in_worker, portions, [self.noted] * len(portions))
+
+
+def warm_up(workers: int) -> Any:
+    """Has a server of worker processes import what they need, beside whatever else is done; returns its context."""
+    context = multiprocessing.get_context("forkserver")
+    if workers > 1:
+        context.set_forkserver_preload([__name__])
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def read_portion(reader: RowReader, wanted: Wanted, noted: Noted) -> tuple[RowTable, Facts]:

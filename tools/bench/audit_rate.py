@@ -2,9 +2,9 @@
 
     python tools/bench/audit_rate.py --model FOLDER [--rows 100000] [--workers 2]
 
-FOLDER has config.json and a tokenizer; weights are not needed. Rows are generated: a question of 12 words, an answer of
-30 to 60, one in fifty a copy of an earlier one. Printed are the seconds of each part, the share of copies found, and the
-most memory that this process or one of its workers held.
+FOLDER has config.json and a tokenizer; weights are not needed. Rows are generated: a question of 12 words, an answer
+of 30 to 60, one in fifty a copy of an earlier one. Printed are the seconds of each part, the share of copies found, and
+the most memory that this process or one of its workers held.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAXTUNE_CACHE"] = f"{folder}/cache"
         from jaxtune.audit.document import document
+        from jaxtune.audit.looking import warm_up
         from jaxtune.audit.survey import survey
         from jaxtune.decode import decode
         from jaxtune.inputs import open_reading
@@ -61,6 +62,7 @@ def main() -> None:
             "data.template=alpaca",
             f"output={folder}/out",
         ]
+        warm_up(options.workers)
         reading, config = open_reading(decode(words), needs_weights=False)
         began = time.perf_counter()
         surveyed = survey(config, reading, Terminal(), workers=options.workers, skip=options.skip)
@@ -73,7 +75,7 @@ def main() -> None:
     print(json.dumps({key: round(value, 2) for key, value in seconds.items()}))
     print(f"reading every row: {options.rows / seconds['training rows']:,.0f} rows/s with {options.workers} workers")
     print(
-        f"all but near duplicates: {options.rows / (whole - near):,.0f} rows/s; survey {surveyed_in:.1f} s of {whole:.1f} s"
+        f"all but near duplicates: {options.rows / (whole - near):,.0f} rows/s; survey {surveyed_in:.1f} of {whole:.1f} s"
     )
     print(f"exact duplicates found: {told['duplicates']['exact']['count']:,} of {copies:,}; most memory {most:.2f} GiB")
 
