@@ -74,9 +74,8 @@ def main() -> None:
     most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print(json.dumps({key: round(value, 2) for key, value in seconds.items()}))
     print(f"reading every row: {options.rows / seconds['training rows']:,.0f} rows/s with {options.workers} workers")
-    print(
-        f"all but near duplicates: {options.rows / (whole - near):,.0f} rows/s; survey {surveyed_in:.1f} of {whole:.1f} s"
-    )
+    rate = options.rows / (whole - near)
+    print(f"all but near duplicates: {rate:,.0f} rows/s; survey {surveyed_in:.1f} of {whole:.1f} s")
     print(f"exact duplicates found: {told['duplicates']['exact']['count']:,} of {copies:,}; most memory {most:.2f} GiB")
 
 
