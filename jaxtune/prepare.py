@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _prepare(config: Config, flags: argparse.Namespace, runner_options: Sequence[str]) -> None:
-    from jaxtune.data import pooling  # only now: a mistake in the configuration should not wait
+    from jaxtune.data.ahead import pooling  # only now: a mistake in the configuration should not wait
     from jaxtune.hub import cache_dir
 
     with pooling.Pool(flags.workers or _cores(), cache_dir=cache_dir()) as pool:
@@ -52,10 +52,10 @@ def _prepare(config: Config, flags: argparse.Namespace, runner_options: Sequence
 
 
 def _prepare_with(pool: Any, config: Config, flags: argparse.Namespace, runner_options: Sequence[str]) -> None:
-    from jaxtune.data import beaming, preparing
+    from jaxtune.data.ahead import beaming, preparing
+    from jaxtune.data.ahead.prepared import folder_of
     from jaxtune.data.files import streams
     from jaxtune.data.planning import evaluation_tree, training_tree
-    from jaxtune.data.prepared import folder_of
     from jaxtune.hub import cache_dir
     from jaxtune.inputs import open_training_data
     from jaxtune.metrics import Terminal, duration

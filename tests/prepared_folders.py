@@ -8,8 +8,8 @@ import sys
 import tiny_runs
 
 from jaxtune import prepare
-from jaxtune.data.attaching import ABOUT
-from jaxtune.data.prepared import Folder, read_rows, read_summary
+from jaxtune.data.ahead.attaching import ABOUT
+from jaxtune.data.ahead.prepared import Folder, read_rows, read_summary
 
 
 def words(base, data, tmp_path, *more):
@@ -39,8 +39,10 @@ def contents(folder):
     return {name: pathlib.Path(folder.file(name)).read_bytes() for name in folder.names()}
 
 
-PRELOADED = ["jaxtune.prepare", "jaxtune.inputs", "jaxtune.metrics", "jaxtune.data.beaming", "jaxtune.data.preparing",
-             "jaxtune.data.pooling", "transformers", "tiny_runs"]  # fmt: skip
+PRELOADED = [
+    *("jaxtune.prepare", "jaxtune.inputs", "jaxtune.metrics", "transformers", "tiny_runs"),
+    *(f"jaxtune.data.ahead.{name}" for name in ("beaming", "preparing", "pooling")),
+]
 
 
 def command_in_a_fork(words, cache, log):

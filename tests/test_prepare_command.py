@@ -16,7 +16,7 @@ import tiny_runs
 from prepared_folders import assert_complete, command_in_a_fork, contents, folder_in, words
 
 from jaxtune import prepare
-from jaxtune.data.prepared import read_summary
+from jaxtune.data.ahead.prepared import read_summary
 from jaxtune.train import train
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]

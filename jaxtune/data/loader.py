@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.data import lengths
-from jaxtune.data.attaching import attach
+from jaxtune.data.ahead.attaching import attach
 from jaxtune.data.counting import choose_lanes, choose_window, count_rows, epoch_draws, estimated_draws
 from jaxtune.data.leaves import OpenLeaf, row_orders
 from jaxtune.data.lengths import Progress, Wanted

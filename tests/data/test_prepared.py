@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from conftest import make_config, pairs
 
-from jaxtune.data import attaching, lengths, loader, measuring, pooling, prepared, preparing, window_records
-from jaxtune.data.claims import Claims
+from jaxtune.data import lengths, loader, measuring
+from jaxtune.data.ahead import attaching, pooling, prepared, preparing, window_records
+from jaxtune.data.ahead.claims import Claims
+from jaxtune.data.ahead.prepared import Folder, Shard, missing_ranges
 from jaxtune.data.packing import Example, Pair
-from jaxtune.data.prepared import Folder, Shard, missing_ranges
 from jaxtune.data.rows import PairRows, SequenceRows
 from jaxtune.data.windows import Window
 

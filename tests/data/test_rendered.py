@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import make_config, pairs
 
-from jaxtune.data import lengths, loader, measuring, pooling, prepared, preparing, rendered
+from jaxtune.data import lengths, loader, measuring
+from jaxtune.data.ahead import pooling, prepared, preparing, rendered
+from jaxtune.data.ahead.prepared import Folder
 from jaxtune.data.examples import RowReader
-from jaxtune.data.prepared import Folder
 
 TEMPLATES = tuple(
     {"name": text, "task": "*", "kind": "zero-shot", "input": text, "target": "{completion}"}
@@ -219,6 +220,6 @@ def test_rows_of_another_epoch_or_not_kept_are_rendered(open_, pool, write_rows)
 
 
 def test_a_worker_whose_command_was_killed_before_it_began_ends():
-    code = "from jaxtune.data import pooling; pooling._begin(1 << 30); print('goes on')"
+    code = "from jaxtune.data.ahead import pooling; pooling._begin(1 << 30); print('goes on')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""

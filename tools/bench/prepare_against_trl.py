@@ -61,7 +61,8 @@ def run_jaxtune(file: str, tokenizer: str, workers: str) -> dict[str, float]:
     """Rows a second, of windows alone and with the opening of the stream."""
     from jaxtune import hub
     from jaxtune.config import Config
-    from jaxtune.data import loader, pooling, prepared, preparing
+    from jaxtune.data import loader
+    from jaxtune.data.ahead import pooling, prepared, preparing
     from jaxtune.data.chat.templates import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)

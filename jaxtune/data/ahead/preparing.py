@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.config import Config
-from jaxtune.data.attaching import ABOUT, about, whole_run, why_none
-from jaxtune.data.claims import clean
-from jaxtune.data.prepared import (
+from jaxtune.data.ahead.attaching import ABOUT, about, whole_run, why_none
+from jaxtune.data.ahead.claims import clean
+from jaxtune.data.ahead.prepared import (
     ASIDE,
     Folder,
     Prepared,
@@ -27,8 +27,8 @@ from jaxtune.data.prepared import (
     read_summary,
     write_rows,
 )
+from jaxtune.data.ahead.window_records import Damaged, OtherDraws
 from jaxtune.data.stream import Stream
-from jaxtune.data.window_records import Damaged, OtherDraws
 from jaxtune.data.windows import WindowMaker
 
 _SHARD_WINDOWS = 64  # tens of MB: few files for a long run, little lost by a kill

@@ -20,12 +20,12 @@ from typing import Any, cast
 import numpy as np
 
 from jaxtune.data import lengths
-from jaxtune.data.claims import Claims
+from jaxtune.data.ahead.claims import Claims
+from jaxtune.data.ahead.prepared import Folder, Shard, Summary, read_summary, write_shard
+from jaxtune.data.ahead.rendered import Block, Spool, keep, keys_of
+from jaxtune.data.ahead.sharing import Shared, share
 from jaxtune.data.examples import RowReader
 from jaxtune.data.lengths import Progress, Wanted
-from jaxtune.data.prepared import Folder, Shard, Summary, read_summary, write_shard
-from jaxtune.data.rendered import Block, Spool, keep, keys_of
-from jaxtune.data.sharing import Shared, share
 from jaxtune.data.windows import WindowMaker
 from jaxtune.data.workers import end_with
 

@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxtune.data.ahead.sharing import Shared
+from jaxtune.data.ahead.window_records import array_bytes, arrays_of, runs_of
 from jaxtune.data.examples import RowReader
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.row_results import RowResult
 from jaxtune.data.rows import PairRows, Rows, SequenceRows
-from jaxtune.data.sharing import Shared
-from jaxtune.data.window_records import array_bytes, arrays_of, runs_of
 from jaxtune.run_lock import process_start
 
 _FOLDER = "rendered"

@@ -15,10 +15,10 @@ from typing import Any
 from jaxtune import hub
 from jaxtune.config import Config
 from jaxtune.config_data import SourceConfig
+from jaxtune.data.ahead.prepared import Folder, Shard, Summary, write_shard
 from jaxtune.data.files.readers import Source
 from jaxtune.data.files.sources import open_source
 from jaxtune.data.planning import training_tree
-from jaxtune.data.prepared import Folder, Shard, Summary, write_shard
 from jaxtune.data.stream import Stream
 from jaxtune.data.windows import WindowMaker
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxtune import hub
 from jaxtune.config import Config
+from jaxtune.data.ahead.prepared import Folder, Prepared, base_folder, folder_of, read_rows
 from jaxtune.data.files.spool import digest_of
-from jaxtune.data.prepared import Folder, Prepared, base_folder, folder_of, read_rows
 from jaxtune.data.stream import Stream
 from jaxtune.data.windows import WindowMaker
 

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune import hub
-from jaxtune.data import window_records
+from jaxtune.data.ahead import window_records
+from jaxtune.data.ahead.window_records import Damaged, OtherDraws
 from jaxtune.data.files import spooling
 from jaxtune.data.files.readers import open_array_record
 from jaxtune.data.files.spool import OPENED, forget, remote_stamp, spooled, stamp_of
-from jaxtune.data.window_records import Damaged, OtherDraws
 from jaxtune.data.windows import Window, WindowMaker
 
 ASIDE = "aside-"  # of files that are being written: aside-HOST-PID-...

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from jaxtune import hub
-from jaxtune.data.prepared import Folder, Shard
+from jaxtune.data.ahead.prepared import Folder, Shard
 from jaxtune.run_lock import process_start
 
 HEARTBEAT_SECONDS = 15.0

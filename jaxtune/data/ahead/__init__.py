@@ -1,0 +1,1 @@
+"""Windows rendered, tokenised and packed ahead of training: by `prepare`, into a cache that training finds."""
