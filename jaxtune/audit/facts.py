@@ -13,6 +13,7 @@ from jaxtune.data.quality.exchanges import Exchange, exchanges
 from jaxtune.data.quality.kinds import KINDS, better_kind_of, kind_of
 from jaxtune.data.quality.languages import languages, spoken
 from jaxtune.data.quality.scores import Scores, copies_instruction, is_refusal, score, shows_steps
+from jaxtune.data.records import Conversation
 from jaxtune.data.row_results import Examined
 from jaxtune.data.row_texts import row_key, texts_of_all
 
@@ -23,6 +24,7 @@ FACTS = np.dtype(
         ("key", np.uint64),
         ("defects", np.uint32),  # a bit for each of defects.DEFECTS
         ("language", "S3"),
+        ("unanswered", np.uint32),  # questions that end a conversation, or a path of a tree
         ("asked", np.uint64),
         ("kind", np.uint8),
         ("better_kind", np.uint8),
@@ -37,7 +39,7 @@ FACTS = np.dtype(
     ]
 )
 _UNASKED = (0, UNASKED, UNASKED, *[0] * 4, *[False] * 3, (0.0,) * len(Scores._fields))
-_NOTHING = (0, 0, b"", *_UNASKED)
+_NOTHING = (0, 0, b"", 0, *_UNASKED)
 
 
 class Facts(NamedTuple):
@@ -64,7 +66,8 @@ def facts_of(examined: Sequence[Examined], *, defects: DefectFinder, with_langua
             continue
         found = {name for conversation in conversations for name in defects.find(conversation)}
         bits = sum(1 << DEFECTS.index(name) for name in found)
-        noted.append((row_key(texts_of_all(conversations)) or 0, bits, b"", *_asked(exchanges(conversations[0]))))
+        key, unanswered = row_key(texts_of_all(conversations)) or 0, sum(map(_unanswered, conversations))
+        noted.append((key, bits, b"", unanswered, *_asked(exchanges(conversations[0]))))
         categories.update(str(c.meta["category"]) for c in conversations if "category" in c.meta)
         speaking.append(i)
         texts.append(spoken(conversations[0]))
@@ -93,6 +96,11 @@ def joined(blocks: Sequence[Facts]) -> Facts:
         np.concatenate([np.zeros(0, np.int64), *owners]),
         categories,
     )
+
+
+def _unanswered(conversation: Conversation) -> int:
+    """Questions without an answer at the end of a conversation, and of those that its tree's other paths end with."""
+    return int(conversation.messages[-1].role == "user") + int(conversation.meta.get("unanswered", 0))
 
 
 def _asked(asked: Sequence[Exchange]) -> tuple[Any, ...]:

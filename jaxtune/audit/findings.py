@@ -74,6 +74,9 @@ def _of_rows(total: Mapping[str, Any]) -> list[Finding]:
     if (share := _share(answers["very_short"], answers["trained"])) > 0.1:
         text = f"{share:.1%} of the answers have fewer than 20 tokens (more than 10 %): the model learns to be brief"
         out.append(Finding("warning", "very short answers", text))
+    if answers["unanswered_questions"]:
+        text = f"{answers['unanswered_questions']:,} questions have no answer at the end of a conversation or of a path"
+        out.append(Finding("information", "unanswered questions", text))
     if not asked:
         return out
     counts, diversity = total["kinds"]["counts"], total["kinds"]["diversity"]

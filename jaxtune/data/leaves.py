@@ -27,6 +27,7 @@ from jaxtune.data.wording import tasks
 _DETECTION_ROWS = 20  # of each source
 _ALL_DETECTION_ROWS = 4000  # of all together: thousands of sources are looked at more briefly
 _CHECKED_ROWS = 20
+_LOOKED_AT = 100_000  # rows, for some that can be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +279,7 @@ def _layout(opened: readers.Source, source: SourceConfig, rows: int) -> formats.
     """Decided by the first rows that can be read; unreadable ones are told of later, by the rule for them."""
     first, error = [], None
     rows = min(rows, _DETECTION_ROWS)
-    for i in range(min(len(opened), 5 * _DETECTION_ROWS)):
+    for i in range(min(len(opened), _LOOKED_AT)):
         try:
             first.append(opened.row(i))
         except RowError as problem:

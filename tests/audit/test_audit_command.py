@@ -300,3 +300,12 @@ def test_rows_of_the_evaluation_in_training_are_a_warning(base, data, tmp_path):
     code, document = audits.run(base, tmp_path / "out", *words(data, f"data.eval.0.path={data}"), "--strict")
     told = [finding["text"] for finding in document["findings"] if finding["level"] == "warning"]
     assert code == 1 and told == [f"60 training rows stand in the evaluation too, the first at {data}:1"]
+
+
+def test_a_file_that_begins_with_rows_that_cannot_be_read_is_audited_too(base, tmp_path):
+    path = tiny_runs.write_rows(tmp_path / "rows.jsonl", ["{bad"] * 300 + kinds_of_rows(20))
+    code, document = audits.run(base, tmp_path / "out", *words(path))
+    funnel = document["funnel"]["total"]
+    assert code == 1 and (funnel["rows"], funnel["stages"]["parsed"], funnel["kept"]) == (320, 20, 20)
+    assert [audits.line(row["where"]) for row in document["lost_rows"]] == list(range(1, 301))
+    assert audits.run(base, tmp_path / "skip", *words(path, "data.on_bad_row=skip"))[0] == 0

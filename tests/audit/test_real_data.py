@@ -81,6 +81,7 @@ def test_unanswered_questions_of_message_trees_are_told(audited, shared):
     document, _ = audited("multiturn/oasst_trees_en.jsonl.gz", more=("--skip", "near"))
     total = document["funnel"]["total"]
     assert total["rows"] == 70 and total["stages"]["parsed"] == 70 and not errors(document)
+    assert document["statistics"]["responses"]["unanswered_questions"] == 140, "of 416 leaves of the trees"
 
 
 @pytest.mark.long

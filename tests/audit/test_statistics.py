@@ -88,7 +88,7 @@ def total(**changes):
     told = {
         "rows_with_instruction": 100,
         "duplicate_instructions": 5,
-        "responses": {"trained": 100, "very_short": 10},
+        "responses": {"trained": 100, "very_short": 10, "unanswered_questions": 0},
         "kinds": {"counts": counts, "diversity": 0.5},
         "defects": {},
     }
@@ -108,7 +108,7 @@ def test_at_the_thresholds_there_is_nothing_to_warn_of():
     ("changes", "code"),
     [
         ({"duplicate_instructions": 6}, "duplicate instructions"),
-        ({"responses": {"trained": 100, "very_short": 11}}, "very short answers"),
+        ({"responses": {"trained": 100, "very_short": 11, "unanswered_questions": 0}}, "very short answers"),
         ({"kinds": {"counts": {"qa": 61, "coding": 20, "math": 19}, "diversity": 0.6}}, "one kind"),
         ({"kinds": {"counts": {"qa": 50, "coding": 50}, "diversity": 0.6}}, "few kinds"),
         ({"kinds": {"counts": {"qa": 40, "coding": 30, "math": 30}, "diversity": 0.49}}, "diversity"),

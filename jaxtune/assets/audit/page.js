@@ -178,7 +178,7 @@ function statistics() {
     table(["", "number"], [
       ["trained answers", count(told.responses.trained)], ["under 20 tokens", count(told.responses.very_short)],
       ["over 1,024 tokens", count(told.responses.very_long)], ["rows without an answer", count(told.responses.empty_rows)],
-      ["rows that refuse", count(told.responses.refusing_rows)], ["rows that copy the instruction", count(told.responses.copying_rows)],
+      ["questions without one at the end", count(told.responses.unanswered_questions)], ["rows that refuse", count(told.responses.refusing_rows)], ["rows that copy the instruction", count(told.responses.copying_rows)],
       ["rows that reason in steps", count(told.responses.reasoning_rows)], ["rows that repeat another", count(told.duplicate_rows)],
       ["instructions that repeat another", count(told.duplicate_instructions)]], [1]),
     scores.length ? [make("h3", {}, "Scores, means"), table(["score", "mean"], scores, [1])] : [],

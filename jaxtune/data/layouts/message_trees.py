@@ -64,7 +64,10 @@ class _Node:
 
 
 def oasst(row: Row, options: OasstOptions) -> list[Conversation]:
-    """`oasst`: one conversation for each path; raises RowError naming the message where the tree is not one."""
+    """`oasst`: one conversation for each path; raises RowError naming the message where the tree is not one.
+
+    `meta["unanswered"]` of the first says how many paths end with a question, which is left out.
+    """
     state = row.get("tree_state")
     if options.states and state not in options.states:
         raise NothingToLearn(f"tree state {state}")
@@ -72,7 +75,9 @@ def oasst(row: Row, options: OasstOptions) -> list[Conversation]:
     if isinstance(prompt, list):
         prompt = _nested(prompt)
     root = _read(prompt, None, frozenset(), options)
-    paths = [] if root is None else [_answered(path) for path in _paths(root, options.paths == "best")]
+    whole = [] if root is None else list(_paths(root, options.paths == "best"))
+    unanswered = sum(path[-1].message.role == "user" for path in whole)
+    paths = [_answered(path) for path in whole]
     kept: list[tuple[_Node, ...]] = []
     # The longest first: a path that another one begins with teaches nothing more.
     for path in sorted(paths, key=len, reverse=True):
@@ -84,7 +89,8 @@ def oasst(row: Row, options: OasstOptions) -> list[Conversation]:
     for path in sorted(kept, key=paths.index):
         messages = [dataclasses.replace(n.message, weight=0.0) if id(n) in seen else n.message for n in path]
         seen |= {id(node) for node in path}
-        out.append(Conversation(tuple(messages), {"tree": row.get("tree_id"), "message": path[-1].id}))
+        told = {"unanswered": unanswered} if unanswered and not out else {}
+        out.append(Conversation(tuple(messages), {"tree": row.get("tree_id"), "message": path[-1].id, **told}))
     return out
 
 
