@@ -85,7 +85,8 @@ def oasst(row: Row, options: OasstOptions) -> list[Conversation]:
             kept.append(path)
     if not kept:
         raise NothingToLearn("no assistant turn")
-    out, seen = [], set()
+    out: list[Conversation] = []
+    seen: set[int] = set()
     for path in sorted(kept, key=paths.index):
         messages = [dataclasses.replace(n.message, weight=0.0) if id(n) in seen else n.message for n in path]
         seen |= {id(node) for node in path}
