@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import hf_folders
 import pytest
 import tiny_runs
 import transformers
@@ -214,7 +215,7 @@ def test_broken_template_file(refused, tmp_path):
 
 def changed(base: pathlib.Path, to: pathlib.Path, **keys: object) -> pathlib.Path:
     tiny_runs.copied(base, to)
-    tiny_runs.hf_folders.rewrite_config(to, **keys)
+    hf_folders.rewrite_config(to, **keys)
     return to
 
 

@@ -36,7 +36,13 @@ def start(words, cache, *flags, **options):
     environment = {**os.environ, "JAXTUNE_CACHE": str(cache), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "jaxtune.prepare", *words, *flags]
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        **options,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxtune import audit
+from jaxtune.audit import __main__ as audit
 from jaxtune.config import Config, ModelConfig, TrainConfig
 from jaxtune.config_data import DataConfig, SourceConfig
 from jaxtune.data import planning
