@@ -236,6 +236,7 @@ def test_a_run_of_so_many_steps_is_told_how_full_an_epochs_rows_are(base, data, 
     assert by_steps["fill"] == by_epochs["fill"] and by_steps["rows"] == by_epochs["rows"]
 
 
+@pytest.mark.long
 def test_an_output_may_be_a_bucket(base, data, tmp_path):
     with gcs_server.serve() as (objects, variables):
         out = f"gs://{gcs_server.BUCKET}/runs/mine"
