@@ -9,7 +9,18 @@ import tiny_runs
 
 from jaxtune import prepare
 from jaxtune.data.ahead.attaching import ABOUT
-from jaxtune.data.ahead.prepared import Folder, read_rows, read_summary
+from jaxtune.data.ahead.prepared import Folder, read_rows, read_summary, write_shard
+
+TEMPLATES = tuple(
+    {"name": text, "task": "*", "kind": "zero-shot", "input": text, "target": "{completion}"}
+    for text in ("{prompt}?", "Say: {prompt}")
+)
+
+
+def serially(maker, folder, shards, done):
+    """Makes shards one after another, as a pool or Beam would."""
+    for shard in shards:
+        done(shard, write_shard(maker, folder, shard))
 
 
 def words(base, data, tmp_path, *more):

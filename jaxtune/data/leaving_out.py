@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.data.examples import RowReader
+from jaxtune.data.files.spool import digest_of
 from jaxtune.data.gate import Gate
 from jaxtune.data.leaves import OpenLeaf
 from jaxtune.data.lengths import Progress
@@ -23,7 +24,7 @@ from jaxtune.data.quality.filters import Filters, rules_digest
 from jaxtune.data.quality.near import near_duplicates
 from jaxtune.data.records import Message
 from jaxtune.data.row_texts import row_key, texts_of
-from jaxtune.data.saved_arrays import digest_of, read_arrays, write_arrays
+from jaxtune.data.saved_arrays import read_arrays, write_arrays
 from jaxtune.data.verdicts import UNFIXED, Verdict, read_verdicts
 
 EXACT, NEAR, IN_BENCHMARK = "exact duplicate", "near duplicate", "in a benchmark"

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.data.examples import RowReader
+from jaxtune.data.files.spool import digest_of
 from jaxtune.data.records import NothingToLearn, RowError
 from jaxtune.data.row_results import STAGES, RowResult
-from jaxtune.data.saved_arrays import DAMAGED, digest_of, read_arrays, write_arrays
+from jaxtune.data.saved_arrays import DAMAGED, read_arrays, write_arrays
 
 Progress = Callable[[int, int], None]
 _BLOCK = 1024

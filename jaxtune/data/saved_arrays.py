@@ -1,6 +1,5 @@
 """Arrays kept in the cache under a key of everything that decides them."""
 
-import hashlib
 import os
 import tempfile
 import zipfile
@@ -29,8 +28,3 @@ def read_arrays(path: str) -> dict[str, np.ndarray] | None:
             return {key: saved[key] for key in saved.files}
     except (*DAMAGED, AttributeError):  # AttributeError: a single array, which has no names
         return None
-
-
-def digest_of(*parts: str) -> str:
-    """A name for all of these together."""
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()

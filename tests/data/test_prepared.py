@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import make_config, pairs
+from prepared_folders import TEMPLATES, serially
 
 from jaxtune.data import lengths, loader, measuring
 from jaxtune.data.ahead import attaching, pooling, prepared, preparing, window_records
@@ -20,16 +21,6 @@ from jaxtune.data.ahead.prepared import Folder, Shard, missing_ranges
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.rows import PairRows, SequenceRows
 from jaxtune.data.windows import Window
-
-TEMPLATES = tuple(
-    {"name": text, "task": "*", "kind": "zero-shot", "input": text, "target": "{completion}"}
-    for text in ("{prompt}?", "Say: {prompt}")
-)
-
-
-def serially(maker, folder, shards, done):
-    for shard in shards:
-        done(shard, prepared.write_shard(maker, folder, shard))
 
 
 @pytest.fixture

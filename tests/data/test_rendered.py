@@ -9,21 +9,12 @@ import sys
 import numpy as np
 import pytest
 from conftest import make_config, pairs
+from prepared_folders import TEMPLATES, serially
 
 from jaxtune.data import lengths, loader, measuring
-from jaxtune.data.ahead import pooling, prepared, preparing, rendered
+from jaxtune.data.ahead import pooling, preparing, rendered
 from jaxtune.data.ahead.prepared import Folder
 from jaxtune.data.examples import RowReader
-
-TEMPLATES = tuple(
-    {"name": text, "task": "*", "kind": "zero-shot", "input": text, "target": "{completion}"}
-    for text in ("{prompt}?", "Say: {prompt}")
-)
-
-
-def serially(maker, folder, shards, done):
-    for shard in shards:
-        done(shard, prepared.write_shard(maker, folder, shard))
 
 
 @pytest.fixture

@@ -26,11 +26,7 @@ import time
 from fractions import Fraction
 from typing import Any
 
-LENGTH = 2048
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from trl_preparation import CHATML, LENGTH, run_trl
 
 
 def run_draws() -> dict[str, float]:
@@ -122,36 +118,6 @@ def run_ours(file: str, tokenizer: str, workers: int) -> dict[str, float]:
     }
 
 
-def run_trl(file: str, tokenizer: str) -> dict[str, float]:
-    """Examples per second of SFTTrainer's preparation of the same conversations."""
-    import datasets
-    import transformers
-    import trl
-
-    datasets.disable_caching()
-    rows = datasets.load_dataset("json", data_files=file, split="train")
-    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
-    loaded.chat_template, loaded.pad_token = CHATML, loaded.eos_token
-    shape = transformers.LlamaConfig(
-        vocab_size=len(loaded), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    seconds = []
-    prepare = trl.SFTTrainer._prepare_dataset
-
-    def timed(*given: Any, **more: Any) -> Any:
-        began = time.perf_counter()
-        made = prepare(*given, **more)
-        seconds.append(time.perf_counter() - began)
-        return made
-
-    trl.SFTTrainer._prepare_dataset = timed
-    settings = trl.SFTConfig(
-        output_dir="/tmp/unused", packing=True, max_length=LENGTH, dataset_num_proc=2, report_to="none", use_cpu=True
-    )
-    trl.SFTTrainer(transformers.LlamaForCausalLM(shape), args=settings, train_dataset=rows, processing_class=loaded)
-    return {"examples_per_second": len(rows) / sum(seconds)}
-
-
 def run_many(folder: str, tokenizer: str) -> dict[str, float]:
     """Seconds to the first batch of all files of a folder, and what this process then holds."""
     import psutil
@@ -229,8 +195,8 @@ def prepare(options: argparse.Namespace) -> None:
             print(f"{name}: {rate:,.0f} examples/s, {whole:,.0f} with opening, rows {measured['fill']:.2%} full")
         if options.trl_python:
             measured = in_process(options.trl_python, "trl", str(file), options.tokenizer)
-            found["trl"].append(measured["examples_per_second"])
-            print(f"trl: {measured['examples_per_second']:,.0f} examples/s")
+            found["trl"].append(measured["rows_per_second"])
+            print(f"trl: {measured['rows_per_second']:,.0f} examples/s")
     if found["trl"]:
         for name in ("ours, 2 processes", "ours, threads"):
             ratios = [a / b for a, b in zip(found[name], found["trl"], strict=True)]

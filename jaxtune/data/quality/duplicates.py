@@ -1,17 +1,15 @@
 """Texts that are the same but for case and white space."""
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from jaxtune.data.wording.content import normal
+from jaxtune.data.wording.content import hash_of, normal
 
 
 def exact_key(texts: Sequence[str]) -> int:
     """A 64-bit hash of texts, normalised: NFC, no case, every run of white space one space."""
-    joined = "\0".join(map(normal, texts))
-    return int.from_bytes(hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return hash_of("\0".join(map(normal, texts)))
 
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:

@@ -30,13 +30,13 @@ def content_hashes(conversation: Conversation, fields: Mapping[str, Any] | None 
 
 def question_hash(asked: str) -> int:
     """A hash of a question."""
-    return _hash(normal(asked))
+    return hash_of(normal(asked))
 
 
 def fields_hash(fields: Mapping[str, Any]) -> int:
     """A hash of a row's texts, whatever their columns are called, and of its numbers; names of rows do not count."""
     said = {said for key, value in fields.items() if not _names_row(key) for said in _said(key, value)}
-    return _hash("\0".join(sorted(said - {""})))
+    return hash_of("\0".join(sorted(said - {""})))
 
 
 def text_hashes(values: Iterable[Any], answers: Iterable[str] = ()) -> set[int]:
@@ -46,7 +46,7 @@ def text_hashes(values: Iterable[Any], answers: Iterable[str] = ()) -> set[int]:
     rows to say the same, whatever else stands in them. They are never equal to those of `content_hashes`.
     """
     answered = {normal(answer) for answer in answers}
-    return {_hash("text\0" + text) for value in values for text in _texts(value) if text not in answered}
+    return {hash_of("text\0" + text) for value in values for text in _texts(value) if text not in answered}
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -82,5 +82,6 @@ def _said(column: str, value: Any) -> Iterator[str]:
         yield f"{column}={value}"
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
+    """64 bits of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
