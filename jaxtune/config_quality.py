@@ -39,6 +39,14 @@ class QualityConfig(Section):
                 raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
         return patterns
 
+    @field_validator("languages")
+    @classmethod
+    def _are_codes(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        for language in languages:
+            if not re.fullmatch(r"[a-z]{2}|und", language):
+                raise ValueError(f"found {language!r}; expected a code of two letters, e.g. en")
+        return languages
+
     @field_validator("instruction_words", "response_words")
     @classmethod
     def _ordered(cls, bounds: Words | None) -> Words | None:

@@ -194,6 +194,7 @@ def test_the_facts_alone_can_be_printed(base, data, tmp_path, capsys):
         (("--examples", "-1"), 2, "--examples: found -1"),
         (("data.quality.min=2",), 2, "data.quality.min"),
         (("data.quality.drop=['(']",), 2, "is no regular expression"),
+        (("data.quality.languages=[english]",), 2, "found 'english'; expected a code of two letters"),
         (("data.quality.response_words=[9,3]",), 2, "expected [least, most]"),
         (("data.train.0.path=nowhere.jsonl",), 1, "nowhere.jsonl"),
         (("data.verdicts=nowhere.json",), 1, "data.verdicts: nowhere.json cannot be read"),
