@@ -49,7 +49,7 @@ class RowTable:
         """The table's entries for these draws, all of which must be in it."""
         if self.epochs is None:
             return np.searchsorted(self.rows, rows)
-        return np.searchsorted(_pair_keys(self.rows, self.epochs), _pair_keys(rows, epochs))
+        return np.searchsorted(pair_keys(self.rows, self.epochs), pair_keys(rows, epochs))
 
     def examples_of(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lengths [examples sides] of the examples of the entries `at`, in order, and how many each entry has."""
@@ -80,11 +80,12 @@ ReadAll = Callable[[Sequence[RowReader], Sequence[Wanted], Progress | None, int,
 
 def pairs(rows: np.ndarray, epochs: np.ndarray) -> Wanted:
     """The different (row, epoch) pairs of some draws."""
-    keys = np.unique(_pair_keys(rows, epochs))
+    keys = np.unique(pair_keys(rows, epochs))
     return Wanted(keys & ((1 << 40) - 1), keys >> 40)
 
 
-def _pair_keys(rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+def pair_keys(rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """A number for each (row, epoch), int64, ascending by epoch, then by row."""
     return (epochs.astype(np.int64) << 40) | rows.astype(np.int64)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtune.data.ahead.sharing import Shared
 from jaxtune.data.ahead.window_records import array_bytes, arrays_of, runs_of
 from jaxtune.data.examples import RowReader
+from jaxtune.data.lengths import pair_keys
 from jaxtune.data.packing import Example, Pair
 from jaxtune.data.row_results import RowResult
 from jaxtune.data.rows import PairRows, Rows, SequenceRows
@@ -125,7 +126,7 @@ class RenderedRows:
 
 def keys_of(rows: np.ndarray, epochs: np.ndarray | None) -> np.ndarray:
     """What rows are found by, int64: their numbers, and their epochs where these matter."""
-    return rows if epochs is None else (epochs << 40) | rows
+    return rows if epochs is None else pair_keys(rows, epochs)
 
 
 def keep(folder: str, keys: np.ndarray, results: Sequence[RowResult], *, sides: int) -> Block | None:
