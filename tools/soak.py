@@ -26,8 +26,9 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-STEPS, SAVE_EVERY = 300, 5
-PRELOADED = ["jaxtune.train", "jaxtune.training", "transformers", "orbax.checkpoint", "grain"]
+STEPS, SAVE_EVERY = 600, 5
+PRELOADED = ["jaxtune.train", "jaxtune.training", "transformers.models.llama.configuration_llama", "tensorboardX"]
+LIVES = 2.0  # the longest life, in times that a run needs to its first save
 PATIENCE = 5  # kills in a row that may leave no newer checkpoint, before the run is let live longer
 LATEST = 200.0  # seconds that processes may live on when one of them is gone: jax misses a host after 100
 JOINED = "devices "  # what host 0 says once all hosts have met; before, jax waits 300 s for the others to come
@@ -39,8 +40,11 @@ def train(words: Sequence[str], environment: dict[str, str], log: str) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    import shared_cache
+
     from jaxtune.train import main
 
+    shared_cache.share_compilations()
     sys.exit(main(words))
 
 
@@ -127,6 +131,20 @@ class Soak:
         if set(codes) != {0}:
             raise AssertionError(f"exit codes {codes}:\n{self.said()}")
 
+    def until_saved(self, output: pathlib.Path) -> float:
+        """Returns the seconds from a run's start to its first save."""
+        began, processes = time.monotonic(), self.start(output)
+        while saved(output) < 0 and all(process.is_alive() for process in processes):
+            time.sleep(0.01)
+        took = time.monotonic() - began
+        for process in processes:
+            process.kill()
+            process.join()
+        if saved(output) < 0:
+            raise AssertionError(f"nothing was saved:\n{self.said()}")
+        shutil.rmtree(output)
+        return took
+
     def said(self) -> str:
         """The end of every process's log."""
         return "\n".join((self.folder / f"host{i}.log").read_text()[-3000:] for i in range(self.processes))
@@ -189,9 +207,7 @@ def main() -> int:
     reference, output = folder / f"reference{options.processes}", folder / f"lap{options.processes}"
     if saved(reference) < STEPS:
         soak.finish(reference)
-    timed = time.monotonic()
-    soak.finish(reference)  # done already: how long a start takes
-    longest = 3 * (time.monotonic() - timed)
+    longest = LIVES * soak.until_saved(folder / "timed")
     began, kills, idle = time.monotonic(), 0, 0
     while kills < options.kills and time.monotonic() - began < 60 * options.minutes:
         before = time.monotonic()

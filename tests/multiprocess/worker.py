@@ -12,6 +12,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import shared_cache
 
 from jaxtune import adapters, assembly, checkpoint, loop, train
 
@@ -60,6 +61,7 @@ def spikes(numbers: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    shared_cache.share_compilations()
     if os.environ.get("FLOAT64"):
         in_float64()
     if os.environ.get("FAILING_SHARES"):
