@@ -5,6 +5,8 @@ metrics) and, once Orbax has committed both, a manifest (`manifest.py`; Orbax it
 A folder without one, or that does not match it, is not restored, and what is passed over is said.
 
 All hosts of a run call everything here, in the same order; host 0 decides what there is and removes what is too old.
+Where there is a local tier (`local_tier.py`), copies on the hosts' own disks stand beside it, and are taken when they
+are as new.
 """
 
 import concurrent.futures
@@ -17,8 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh
 
 from jaxtune import hosts, hub
+from jaxtune.local_tier import LocalTier
 from jaxtune.manifest import CUT_OFF, MANIFEST, Share, check_manifest, read_manifest, write_manifest, write_share
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
@@ -61,6 +65,26 @@ class Checkpoints:
         self._finisher = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="manifest")
         self._finishing: tuple[int, concurrent.futures.Future] | None = None
         self._passed_over: set[int] = set()
+        self._local: LocalTier | None = None
+
+    def open_local(self, folder: str, mesh: Mesh) -> None:
+        """Keeps copies of the newest states in `folder` of every host's own, too; see `LocalTier`."""
+        self._local = LocalTier(folder, store=self.folder, mesh=mesh, say=self._say)
+
+    def check_local_room(self, state: Any) -> None:
+        """Raises ValueError when a host's own disk is too small for the copies of `state`."""
+        if self._local is not None:
+            self._local.check_room(flatten(state))
+
+    def save_locally(self, step: int, state: Any, *, run: dict[str, Any]) -> None:
+        """Starts a copy on the hosts' own disks, if there is a local tier."""
+        if self._local is not None:
+            self._local.save(step, flatten(state), run)
+
+    def drop_local(self) -> None:
+        """Removes the copies on the hosts' own disks: the run is done."""
+        if self._local is not None:
+            self._local.clear()
 
     def save(self, step: int, state: Any, *, run: dict[str, Any], wait: bool = False) -> None:
         """Starts saving; returns when the arrays are copied to host memory and training may go on.
@@ -133,6 +157,8 @@ class Checkpoints:
             concurrent.futures.wait([self._finishing[1]])
         self._finisher.shutdown()
         self._writer.close()
+        if self._local is not None:
+            self._local.close()
 
     def _start(self, step: int, named: dict[str, Any], run: dict[str, Any]) -> str | None:
         """Starts a save; returns what went wrong at once."""
@@ -201,6 +227,12 @@ class Checkpoints:
                 for later in self._listed():
                     if later > step:
                         self._remove(later)
+        self.drop_local_after(step)
+
+    def drop_local_after(self, step: int) -> None:
+        """Removes the copies after `step` on the hosts' own disks: what is left there is of hosts that went further."""
+        if self._local is not None:
+            self._local.drop_after(step)
 
     def _listed(self) -> list[int]:
         return sorted(int(path.name) for path in self._paths() if path.name.isdigit())
@@ -214,6 +246,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps that have a folder, usable or not."""
         return hosts.from_first(self._listed() if hosts.index() == 0 else None)
+
+    def has_saved(self) -> bool:
+        """Whether there is a folder of any step, in storage or on a host's own disk, usable or not."""
+        return bool(self.steps()) or (self._local is not None and self._local.has_any())
 
     def finished(self) -> list[int]:
         """Returns the steps that have a manifest and were not found damaged."""
@@ -249,10 +285,14 @@ class Checkpoints:
         Raises:
             ValueError: finished checkpoints are there, and all of them are damaged; to start anew would lose the run.
         """
-        damaged, share = False, Share(hosts.index(), hosts.count())
+        damaged, share, newer = False, Share(hosts.index(), hosts.count()), before
         for step in reversed(self.steps()):
             if before is not None and step >= before:
                 continue
+            copied = self._newest_local(at_least=step, below=newer)
+            if copied is not None:
+                return copied
+            newer = step
             told = hosts.gather(check_manifest(self.folder / str(step), share))
             problem = next((one for one in told if one is not None), None)
             if problem is None:
@@ -261,16 +301,26 @@ class Checkpoints:
             if step not in self._passed_over:
                 self._passed_over.add(step)
                 say(f"checkpoint {self.folder / str(step)} is not usable: {problem}; using the one before it, if any")
-        if damaged:
+        copied = self._newest_local(at_least=0, below=newer)
+        if damaged and copied is None:
             raise ValueError(
                 f"{self.folder}: every checkpoint here is damaged ({', '.join(map(str, sorted(self._passed_over)))}); "
                 "expected at least one whose files are what was written. Put the files back from a copy, or give "
                 "another output= to start anew"
             )
-        return None
+        return copied
+
+    def _newest_local(self, *, at_least: int, below: int | None) -> int | None:
+        return self._local.newest(at_least=at_least, below=below) if self._local is not None else None
+
+    def is_local(self, step: int) -> bool:
+        """Whether `newest_usable` has found this step on the hosts' own disks."""
+        return self._local is not None and self._local.has(step)
 
     def read_run(self, step: int) -> dict[str, Any]:
         """Returns the JSON saved with `step`, without its arrays."""
+        if self._local is not None and self._local.has(step):
+            return self._local.read_run()
         return json.loads((self.folder / str(step) / "run" / "metadata").read_text())
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
@@ -285,6 +335,10 @@ class Checkpoints:
             ValueError: a leaf is missing or has another shape than asked for.
         """
         wanted, folder = flatten(abstract_state), self.folder / str(step)
+        if self._local is not None and self._local.has(step):
+            copied = self._local.restore(wanted)
+            state = jax.tree.unflatten(jax.tree.structure(abstract_state), [copied[name] for name in wanted])
+            return Restored(step, state, self._local.read_run())
         saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state")
         shapes = {name: tuple(leaf.shape) for name, leaf in dict(saved).items()}
         for name, leaf in wanted.items():

@@ -125,6 +125,17 @@ class MeshConfig(Section):
     expert: Annotated[int, Field(ge=-1)] = 1
 
 
+class LocalCheckpointConfig(Section):
+    """Copies of the newest states on the hosts' own disks, from which a run that begins again goes on at once."""
+
+    path: str | None = Field(
+        None,
+        description="folder on a disk of each host's own, or in its memory (/dev/shm/jaxtune); ~ and $NAME are the "
+        "host's; null: no copies",
+    )
+    every_steps: Positive = 50
+
+
 class CheckpointConfig(Section):
     """When state is saved, and how a run goes on."""
 
@@ -143,6 +154,7 @@ class CheckpointConfig(Section):
         10.0, description="pause before the first of them; each next one is twice as long"
     )
     save_seconds: Positive = Field(1800, description="a save that is not done by then has failed")
+    local: LocalCheckpointConfig = LocalCheckpointConfig()
 
 
 class EvalConfig(Section):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import packaging.requirements
 import packaging.utils
+from etils import epath
 
 from jaxtune import assembly, blueprint, hosts, hub, sharding
 from jaxtune.asking import Finding
@@ -25,6 +26,7 @@ from jaxtune.convert.folder import open_folder
 from jaxtune.data.chat.templates import load_template, load_tokenizer
 from jaxtune.data.files.sources import open_source
 from jaxtune.data.planning import evaluation_tree, training_tree
+from jaxtune.local_tier import own_folder
 
 GIB = 2**30
 CLOCK_SECONDS = 5.0  # a lock's heartbeat and the times of logs bear this much
@@ -84,6 +86,8 @@ def examine(config: Config | None, *, megabytes: int, say: Callable[[str], None]
         section("model", lambda: _model(config))
         section("data", lambda: _data(config))
         section("output", lambda: _output(config))
+        if config.checkpoint.local.path is not None:
+            section("local", lambda: _local_disk(config))
     report = Report(findings, bandwidth, speaks)
     if speaks:
         say("nothing is wrong" if report.is_fine else "something is wrong: see the lines marked error")
@@ -291,24 +295,40 @@ def _data(config: Config) -> Iterator[Finding]:
 
 
 def _output(config: Config) -> Iterator[Finding]:
-    """Whether all hosts see one output folder, and host 0 can write there."""
-    folder = pathlib.Path(config.output).expanduser()
-    there = folder if folder.exists() else next(parent for parent in folder.absolute().parents if parent.exists())
-    mark = there / f".doctor-{hosts.from_first(os.getpid())}"
+    """Whether all hosts see one output folder or bucket, and host 0 can write there."""
+    folder = epath.Path(config.output).expanduser()
+    is_bucket = hub.is_url(config.output)
+    there = folder if is_bucket or folder.exists() else _nearest(pathlib.Path(folder))
+    mark = epath.Path(there) / f".doctor-{hosts.from_first(os.getpid())}"
     problem = None
     try:
         if hosts.index() == 0:
             mark.write_text("seen")
-    except OSError as error:
-        problem = f"{there} cannot be written ({error.strerror}); expected a folder that host 0 may write to"
+    except Exception as error:  # a bucket's client has types of its own
+        problem = f"{there} cannot be written ({error}); expected a folder or bucket that host 0 may write to"
     problem = hosts.from_first(problem)
-    sees = mark.exists()
+    sees = problem is None and mark.exists()
     hosts.wait_for_all("every host has looked for the mark")
-    if hosts.index() == 0:
+    if hosts.index() == 0 and problem is None:
         mark.unlink(missing_ok=True)
     if problem is not None:
         yield Finding("error", problem)
     elif not sees:
         yield Finding("error", f"{there} is another folder here than on host 0; expected one that all hosts share")
     else:
-        yield Finding("ok", f"{folder}: seen by all hosts, {shutil.disk_usage(there).free / GIB:.0f} GiB free")
+        free = "" if is_bucket else f", {shutil.disk_usage(there).free / GIB:.0f} GiB free"
+        yield Finding("ok", f"{folder}: seen by all hosts{free}")
+
+
+def _local_disk(config: Config) -> Iterator[Finding]:
+    """Whether this host can write where its copies of states are to be, and how much room there is."""
+    assert config.checkpoint.local.path is not None
+    folder = own_folder(config.checkpoint.local.path)
+    there = _nearest(folder)
+    with tempfile.TemporaryFile(dir=there):
+        yield Finding("ok", f"{folder}: {shutil.disk_usage(there).free / GIB:.0f} GiB free")
+
+
+def _nearest(folder: pathlib.Path) -> pathlib.Path:
+    """The folder, or the nearest one above it that is there."""
+    return folder if folder.exists() else next(parent for parent in folder.absolute().parents if parent.exists())

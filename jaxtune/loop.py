@@ -113,13 +113,15 @@ class Loop:
                 stops = stop.asked()
                 evaluates = not stops and self._is_time_to_evaluate(step)
                 saves = stops or self._is_time_to_save(step)
-                if evaluates or saves or self._save_has_failed(step):
+                copies = self._is_time_to_copy(step)
+                if evaluates or saves or copies or self._save_has_failed(step):
                     with memory_explained(self.config, self._needs):
                         self._read(done)
                     done = None
                     saves |= evaluates and self._evaluate(step, state, frozen)
-                    if saves or self._save_is_due:
-                        self._save(step, state, data_state, wait=stops or step == self.steps)
+                    if saves or copies or self._save_is_due:
+                        only_copies = not saves and not self._save_is_due
+                        self._save(step, state, data_state, only_copies=only_copies, wait=stops or step == self.steps)
                 self.watchdog.beat()
             exit_code = stop.exit_code(self.config.train.preempted_exit_code) if stops and step < self.steps else 0
         seconds = time.perf_counter() - began
@@ -171,6 +173,10 @@ class Loop:
     def _is_time_to_save(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
         return step == self.steps or bool(every and step % every == 0)
+
+    def _is_time_to_copy(self, step: int) -> bool:
+        local = self.config.checkpoint.local
+        return local.path is not None and step % local.every_steps == 0
 
     def _save_has_failed(self, step: int) -> bool:
         """Whether the last save failed behind training; several hosts ask one another when they log."""
@@ -256,7 +262,8 @@ class Loop:
         self.terminal.warn(f"{spikes}; back to step {to}, and on with the data that follows")
         return restored.state, to
 
-    def _save(self, step: int, state: TrainState, data_state: dict, *, wait: bool) -> None:
+    def _save(self, step: int, state: TrainState, data_state: dict, *, only_copies: bool, wait: bool) -> None:
+        """Starts saving; on the hosts' own disks first, for that is done while storage is still at it."""
         own = self._eval_loss if self._evaluated == step else None  # not that of an earlier state
         run = {
             "step": step,
@@ -269,5 +276,8 @@ class Loop:
         }
         with hosts.together():
             self.check_folder()
-        self.checkpoints.save(step, state, run=run, wait=wait)
-        self._save_is_due = False
+        if step < self.steps:
+            self.checkpoints.save_locally(step, state, run=run)
+        if not only_copies:
+            self.checkpoints.save(step, state, run=run, wait=wait)
+            self._save_is_due = False

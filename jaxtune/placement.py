@@ -116,6 +116,49 @@ def fill(
     return _filler(transpose, sharding)(stack, rows, index)
 
 
+def from_sources(
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: NamedSharding,
+    *,
+    unsplit: tuple[str, ...],
+    sources: np.ndarray,
+) -> jax.Array:
+    """Forms an array of which some devices read their shards, and send them to those that hold the same.
+
+    What is added up are bits, of which all but one are zeros, so that -0.0 and every NaN stay what they are.
+
+    Args:
+        read: the slices of a shard -> the shard.
+        unsplit: mesh axes over which the array is not split; devices that differ only along these hold the same.
+        sources: whether a device reads, `bool` in the shape of the mesh; one device of those that hold the same.
+    """
+    mesh, unsigned = sharding.mesh, np.dtype(UNSIGNED[np.dtype(dtype).itemsize])
+    ways = math.prod(mesh.shape[axis] for axis in unsplit)
+    whole = (ways, *shape)
+    stacked = NamedSharding(mesh, PartitionSpec(unsplit, *sharding.spec))
+    reads = dict(zip(mesh.devices.flat, sources.flat, strict=True))
+    pieces = []
+    for device, index in stacked.addressable_devices_indices_map(whole).items():
+        assert index is not None
+        if reads[device]:
+            piece = read(index[1:]).view(unsigned)[None]
+        else:
+            piece = np.zeros(stacked.shard_shape(whole), unsigned)
+        pieces.append(jax.device_put(piece, device))
+    return _adder(np.dtype(dtype), sharding)(jax.make_array_from_single_device_arrays(whole, stacked, pieces))
+
+
+@functools.cache
+def _adder(dtype: Any, sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    def add(bits: jax.Array) -> jax.Array:
+        total = bits.sum(0, dtype=bits.dtype)
+        return total != 0 if dtype.kind == "b" else jax.lax.bitcast_convert_type(total, dtype)
+
+    return jax.jit(add, out_shardings=sharding)
+
+
 @functools.cache
 def _taker(transpose: bool, scale: float | None, dtype: Any, out: Sharding | None) -> Callable:
     def take(leaves: tuple[jax.Array, ...], index: tuple[jax.Array, ...]) -> jax.Array:

@@ -103,6 +103,7 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
         if start < steps and config.model.param_dtype == "file":
             assembly.refuse_float16(plan, inputs.base)
         state, frozen = _load_state(drawn, inputs, checkpoints, newest, terminal)
+        checkpoints.check_local_room(state)
         if start < steps:
             train_step, eval_step = _compile(drawn, state, frozen, inputs, terminal)
             state, outcome = _train(
@@ -124,6 +125,8 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
             if saved:
                 terminal.say(f"{folder.path} is already at step {steps}; raise train.steps or train.epochs to go on")
             outcome = Outcome(start, loss=None, eval_loss=saved.get("eval_loss") if saved else None, exit_code=0)
+        if not outcome.exit_code:
+            checkpoints.drop_local()
     if outcome.exit_code:
         terminal.say(f"stopped at step {outcome.step} of {steps}, saved; the same command goes on from there")
         return Result(outcome.exit_code, outcome.step, outcome.loss, outcome.eval_loss, config.output, None, None)
@@ -157,10 +160,11 @@ def _find_saved(
     Raises:
         ValueError: what is there is of another configuration, base model or data.
     """
-    has_saved = bool(checkpoints.steps())
+    has_saved = checkpoints.has_saved()
     with hosts.together():
         folder.check_resume(config, has_saved=has_saved)
     newest = checkpoints.newest_usable(terminal.warn)
+    checkpoints.drop_local_after(newest or 0)
     rollbacks = Rollbacks(folder.path, start=newest or 0)
     if newest is None:
         return None, None, rollbacks
@@ -186,7 +190,10 @@ def _find_saved(
 def _open_checkpoints(config: Config, folder: RunFolder, terminal: Terminal) -> Checkpoints:
     keys = config.checkpoint
     patience = Patience(keys.retries, keys.retry_seconds, keys.save_seconds)
-    return Checkpoints(str(folder.path / "checkpoints"), keep=keys.keep, patience=patience, say=terminal.say)
+    checkpoints = Checkpoints(str(folder.path / "checkpoints"), keep=keys.keep, patience=patience, say=terminal.say)
+    if keys.local.path is not None:
+        checkpoints.open_local(keys.local.path, jax.sharding.get_mesh())
+    return checkpoints
 
 
 def _check_disk(config: Config, plan: assembly.ModelPlan, inputs: Inputs, folder: RunFolder) -> None:
@@ -315,7 +322,8 @@ def _load_state(
             return state, frozen
     trainable = assembly.trainable_specs(plan, inputs.base, keep_file_dtypes=loading["keep_file_dtypes"])
     abstract = jax.eval_shape(lambda tree: initial_state(optimizer, tree), trainable)
-    with terminal.working(f"restoring step {newest}"):
+    where = " from the hosts' own disks" if checkpoints.is_local(newest) else ""
+    with terminal.working(f"restoring step {newest}{where}"):
         restored = checkpoints.restore(newest, blueprint.placed(abstract, shardings))
     return restored.state, frozen
 

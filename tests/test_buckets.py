@@ -11,7 +11,7 @@ import jax
 import pytest
 import tiny_runs
 
-from jaxtune import hub, run_folder, watching
+from jaxtune import doctor, hub, run_folder, watching
 from jaxtune.opening import open_model
 from jaxtune.run_folder import RunFolder
 from jaxtune.train import train
@@ -94,3 +94,14 @@ def test_a_second_run_is_refused(bucket):
 def test_a_store_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="found ftp://a/b; expected a folder, or one of gs://"):
         RunFolder("ftp://a/b")
+
+
+def test_the_doctor_looks_at_the_bucket_and_leaves_nothing_there(bucket, tmp_path, capsys):
+    base = tiny_runs.write_model(tmp_path / "base")
+    data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(8))
+    words = (f"model.path={base}", f"data.train.0.path={data}", "data.template=plain", "train.batch_rows=8")
+    assert doctor.main([*words, f"output={OUTPUT}", "--megabytes", "1"]) == 0
+    assert f"output    ok       {OUTPUT}: seen by all hosts" in capsys.readouterr().out and not bucket.by_name
+    bucket.failures = 1000
+    assert doctor.main([*words, f"output={OUTPUT}", "--megabytes", "1"]) == 1
+    assert "cannot be written" in capsys.readouterr().out

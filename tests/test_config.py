@@ -484,8 +484,9 @@ def test_no_key_is_accepted_and_ignored(keys_read, tmp_path, monkeypatch):
     base = tiny_runs.write_model(tmp_path / "base")
     data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(24))
     more = ("train.steps=2", "data.eval_fraction=0.2", "train.max_bad_steps=1")
+    copies = (f"checkpoint.local.path={tmp_path / 'disk'}", "checkpoint.local.every_steps=1")
     for _ in range(2):  # the second time to see whether there is something to go on with
-        train(tiny_runs.config(base, data, tmp_path / "lora", *more))
+        train(tiny_runs.config(base, data, tmp_path / "lora", *more, *copies))
     with pytest.raises(ValueError, match="NaN or infinity"):
         more = ("tuning.method=full", "optimizer.learning_rate=1e30", "train.max_bad_steps=1", "train.steps=4")
         train(tiny_runs.config(base, data, tmp_path / "full", f"data.eval.0.path={data}", "eval.every_steps=9", *more))

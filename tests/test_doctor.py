@@ -49,6 +49,15 @@ def test_a_machine_that_is_ready(base, data, tmp_path, capsys):
     assert files_of(tmp_path) == before and not (tmp_path / "out").exists()
 
 
+def test_a_disk_for_local_copies_is_looked_at(base, data, tmp_path, capsys):
+    local = f"checkpoint.local.path={tmp_path / 'disk'}"
+    assert doctor.main([*words(base, data, tmp_path / "out", "data.template=plain", local), "--megabytes", "1"]) == 0
+    assert f"local     ok       {tmp_path / 'disk'}: " in capsys.readouterr().out and not (tmp_path / "disk").exists()
+    local = "checkpoint.local.path=/tmp/$NO_SUCH_NAME"
+    assert doctor.main([*words(base, data, tmp_path / "out", "data.template=plain", local), "--megabytes", "1"]) == 1
+    assert "a variable in it is not set on this host" in capsys.readouterr().out
+
+
 def test_without_a_configuration(capsys):
     assert doctor.main(["--megabytes", "1"]) == 0
     said = capsys.readouterr().out

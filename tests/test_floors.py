@@ -38,6 +38,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "optimizer",
         "adafactor",
         "checkpoint",
+        "local_tier",
+        "local_copies",
         "metrics",
         "run_folder",
         "memory",

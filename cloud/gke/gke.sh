@@ -21,6 +21,7 @@
 #   --spot                 on spot machines
 #   --restarts N           after preemptions (20)          --grace SECONDS   from SIGTERM to SIGKILL (120)
 #   --namespace N (default)   --queue LOCAL_QUEUE   --service-account NAME   --secret NAME
+#   --local-disk FOLDER    of each machine, for checkpoint.local.path=FOLDER
 #   --context CONTEXT      of kubectl
 #   --poll SECONDS         between looks at the JobSet (30)
 #   --delete-when-done     delete the JobSet whatever way `up` ends
@@ -86,7 +87,7 @@ take_value() {
     --location) LOCATION=$2 ;;
     --project) PROJECT=$2 ;;
     --context) KUBECTL+=("--context=$2") ;;
-    --queue | --service-account | --secret) OPTIONAL+=("$1=$2") ;;
+    --queue | --service-account | --secret | --local-disk) OPTIONAL+=("$1=$2") ;;
     *) return 1 ;;
   esac
 }

@@ -42,6 +42,9 @@ def jobset(
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],  # row workers pass rows through it
     }
     volumes: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
+    if flags.local_disk:  # of the machine, so that it outlives the pod
+        container["volumeMounts"].append({"name": "local-disk", "mountPath": flags.local_disk})
+        volumes.append({"name": "local-disk", "hostPath": {"path": flags.local_disk, "type": "DirectoryOrCreate"}})
     if has_config:
         container["volumeMounts"].append({"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True})
         volumes.append({"name": "config", "configMap": {"name": flags.name}})
@@ -152,12 +155,15 @@ def read_flags(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--secret", help="a Secret whose keys become variables, HF_TOKEN say")
     parser.add_argument("--restarts", type=int, default=20, help="after preemptions (20)")
     parser.add_argument("--grace", type=int, default=120, help="seconds from SIGTERM to SIGKILL (120)")
+    parser.add_argument("--local-disk", metavar="FOLDER", help="of the machine, for checkpoint.local.path=FOLDER")
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml|key=value")
     flags = parser.parse_intermixed_args(words)
     check_name(flags.name)
     for name, least in (("slices", 1), ("restarts", 0), ("grace", 1)):
         if getattr(flags, name) < least:
             raise ValueError(f"--{name}: found {getattr(flags, name)}; expected at least {least}")
+    if flags.local_disk is not None and not flags.local_disk.startswith("/"):
+        raise ValueError(f"--local-disk: found {flags.local_disk}; expected a path from the root on")
     return flags
 
 

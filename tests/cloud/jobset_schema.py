@@ -51,7 +51,13 @@ POD = fields(
     dnsPolicy=one_of("ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"),
     containers=several(CONTAINER, minItems=1),
     volumes=several(
-        fields(("name",), name=TEXT, emptyDir=fields(medium=TEXT, sizeLimit=TEXT), configMap=fields(name=TEXT))
+        fields(
+            ("name",),
+            name=TEXT,
+            emptyDir=fields(medium=TEXT, sizeLimit=TEXT),
+            configMap=fields(name=TEXT),
+            hostPath=fields(("path",), path=TEXT, type=TEXT),
+        )
     ),
 )
 EXIT_CODES = fields(

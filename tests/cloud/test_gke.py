@@ -116,6 +116,18 @@ def test_preemptions_restart_all_and_errors_end_the_jobset(config):
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
 
 
+def test_a_folder_of_the_machine_is_there_for_local_copies(config):
+    found = jobset_of(*JOB, "--local-disk", "/mnt/copies", config, "checkpoint.local.path=/mnt/copies")
+    assert problems_of(found) == []
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    mounted = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert mounted["local-disk"] == "/mnt/copies"
+    assert volumes["local-disk"]["hostPath"] == {"path": "/mnt/copies", "type": "DirectoryOrCreate"}
+    refused = render("gke/render.py", *JOB, "--local-disk", "copies", config)
+    assert refused.returncode == 2 and "--local-disk: found copies; expected a path from the root on" in refused.stderr
+
+
 def test_another_exit_code_of_a_preempted_run_is_heard(config):
     found = jobset_of(*JOB, config, "train.preempted_exit_code=2")
     rule = found["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]
