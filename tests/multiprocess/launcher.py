@@ -1,18 +1,28 @@
 """Starts the processes of a run on this machine, as a launcher of a pod does, and never leaves one behind."""
 
+import atexit
 import contextlib
 import ctypes
+import importlib
+import multiprocessing
 import os
 import pathlib
 import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 
+import shared_cache
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-WORKER = pathlib.Path(__file__).with_name("worker.py")
+# A run of four processes would import for longer than it computes.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["jaxtune.training", "jaxtune.convert.__main__", "transformers.models.llama.configuration_llama", "tensorboardX"]
+)
 
 
 def free_port() -> int:
@@ -23,8 +33,31 @@ def free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """In a child: the system kills it when the test's process ends, however that came."""
+    """In a child: the system kills it when what forked it ends, however that came."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of Linux
+
+
+def _become(main: str, words: Sequence[str], environment: dict[str, str], cwd: pathlib.Path, log: pathlib.Path) -> None:
+    """In a child, which has imported much and computed nothing: goes on as `python -m ...` in a shell of its own."""
+    _end_with_parent()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    shared_cache.share_compilations()
+    module, _, function = main.partition(":")
+    try:
+        code = getattr(importlib.import_module(module), function)(list(words))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # as an interpreter ends; multiprocessing leaves out what was asked for at exit
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Run:
@@ -39,13 +72,13 @@ class Run:
         logs: pathlib.Path,
         env: dict[str, str] | None = None,
         cwds: Sequence[pathlib.Path] | None = None,
-        script: Sequence[str] = (str(WORKER),),
+        main: str = "worker:main",
     ) -> None:
-        """Starts `python SCRIPT words...` in each process; `words` may be one list for each process."""
+        """Calls `main` ("module:function") with `words` in each process; they may be one list for each process."""
         logs.mkdir(parents=True, exist_ok=True)
         address = f"127.0.0.1:{free_port()}"
         self.logs = [logs / f"host{i}.log" for i in range(processes)]
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[multiprocessing.process.BaseProcess] = []
         for i in range(processes):
             own = list(words if isinstance(words[0], str) else words[i])
             several = {
@@ -62,34 +95,32 @@ class Run:
                 "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
                 **(env or {}),
             }
-            with self.logs[i].open("a") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *script, *own],
-                        cwd=cwds[i] if cwds else REPOSITORY,
-                        env=environment,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        preexec_fn=_end_with_parent,
-                    )
-                )
+            self.logs[i].touch()
+            cwd = cwds[i] if cwds else REPOSITORY
+            process = FORKS.Process(target=_become, args=(main, own, environment, cwd, self.logs[i]))
+            process.start()
+            self.processes.append(process)
 
     def wait(self, seconds: float = 300.0) -> list[int]:
         """Returns the exit codes of all; kills them and fails when they take longer."""
         deadline = time.monotonic() + seconds
-        try:
-            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
-        except subprocess.TimeoutExpired:
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        if any(process.exitcode is None for process in self.processes):
             self.kill()
-            raise AssertionError(f"not done in {seconds} s:\n{self.said()}") from None
+            raise AssertionError(f"not done in {seconds} s:\n{self.said()}")
+        return [process.exitcode for process in self.processes]
+
+    def send(self, host: int, number: signal.Signals) -> None:
+        """Sends a signal to one process."""
+        os.kill(self.processes[host].pid, number)
 
     def kill(self) -> None:
         """Kills those that are left, as a machine does that goes away."""
         for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in self.processes:
-            process.wait()
+            process.join()
 
     def said(self, host: int | None = None, *, last: int = 6000) -> str:
         """Returns what a process (or all of them) printed."""
@@ -100,7 +131,7 @@ class Run:
         """Returns when a process has printed `what`."""
         deadline = time.monotonic() + seconds
         while what not in self.logs[host].read_text():
-            assert time.monotonic() < deadline and self.processes[host].poll() is None, self.said()
+            assert time.monotonic() < deadline and self.processes[host].exitcode is None, self.said()
             time.sleep(0.02)
 
 

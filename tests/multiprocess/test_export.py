@@ -10,7 +10,7 @@ import transformers
 from jaxtune.convert import __main__ as command
 from jaxtune.train import train
 
-EXPORT = ("-m", "jaxtune.convert")
+EXPORT = "jaxtune.convert.__main__:main"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 def test_hosts_write_what_one_writes(run, tmp_path):
     assert command.main(["export", str(run), "--output", str(tmp_path / "one")]) == 0
     words = ["export", str(run), "--output", str(tmp_path / "three")]
-    launcher.finish(words, processes=3, devices=2, logs=tmp_path / "logs", script=EXPORT)
+    launcher.finish(words, processes=3, devices=2, logs=tmp_path / "logs", main=EXPORT)
     assert files(tmp_path / "one") == files(tmp_path / "three")
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "three" / "hf")
     assert sum(p.numel() for p in opened.parameters())
@@ -45,7 +45,7 @@ def test_a_file_that_one_host_cannot_write_ends_all(run, tmp_path):
     names = sorted(path.name for path in (run.parent / "base").glob("*.safetensors"))
     (tmp_path / "out" / "hf" / names[1]).mkdir(parents=True)  # of host 1
     words = ["export", str(run), "--output", str(tmp_path / "out")]
-    ended = launcher.finish(words, expect=1, processes=2, devices=2, logs=tmp_path / "logs", script=EXPORT)
+    ended = launcher.finish(words, expect=1, processes=2, devices=2, logs=tmp_path / "logs", main=EXPORT)
     for host in (0, 1):
         assert "error: host 1 (" in ended.said(host) and "Is a directory" in ended.said(host)
     assert not (tmp_path / "out" / "hf" / "config.json").exists(), "a folder cut off must not pass for a model"

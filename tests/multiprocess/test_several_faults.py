@@ -23,7 +23,7 @@ def test_a_signal_to_one_host_stops_all_at_one_update_saved(mixture, reference, 
     output = tmp_path / "out"
     with mixture.start(output, processes=2, devices=2) as run:
         run.wait_until("step 2/8")
-        run.processes[1].send_signal(number)
+        run.send(1, number)
         assert run.wait(120) == [code, code], run.said()
     assert "saved; the same command goes on from there" in run.said(0)
     last = steps_of(output)[-1]
@@ -36,7 +36,7 @@ def test_a_signal_to_one_host_stops_all_at_one_update_saved(mixture, reference, 
 def test_a_host_that_dies_ends_the_others_soon(mixture, tmp_path):
     with mixture.start(tmp_path / "out", "train.steps=500", processes=2, devices=1) as run:
         run.wait_until("step 2/500")
-        run.processes[1].send_signal(signal.SIGKILL)
+        run.send(1, signal.SIGKILL)
         killed = time.monotonic()
         codes = run.wait(120)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 143), (codes, run.said(0))
@@ -56,9 +56,10 @@ def test_a_host_that_hangs_is_told_by_the_others_with_every_threads_stack(mixtur
     output = tmp_path / "out"
     with mixture.start(output, "train.steps=500", "train.hang_seconds=8", processes=2, devices=1) as run:
         run.wait_until("step 2/500")
-        run.processes[1].send_signal(signal.SIGSTOP)
+        run.send(1, signal.SIGSTOP)
         stopped = time.monotonic()
-        assert run.processes[0].wait(90) == 1, run.said(0)
+        run.processes[0].join(90)
+        assert run.processes[0].exitcode == 1, run.said(0)
         assert time.monotonic() - stopped < 60
     told = (output / "hang-host0.txt").read_text()
     assert "nothing was done for 8 s (train.hang_seconds)" in run.said(0)

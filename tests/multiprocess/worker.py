@@ -6,13 +6,12 @@ SPIKES=a,b: the a-th and b-th batches ask for wrong tokens, so that their loss i
 """
 
 import os
-import sys
 import types
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import shared_cache
 
 from jaxtune import adapters, assembly, checkpoint, loop, train
 
@@ -60,8 +59,7 @@ def spikes(numbers: list[int]) -> None:
     loop.Loop._put = put
 
 
-if __name__ == "__main__":
-    shared_cache.share_compilations()
+def main(words: Sequence[str]) -> int:
     if os.environ.get("FLOAT64"):
         in_float64()
     if os.environ.get("FAILING_SHARES"):
@@ -70,4 +68,4 @@ if __name__ == "__main__":
         fails_alone()
     if os.environ.get("SPIKES"):
         spikes([int(number) for number in os.environ["SPIKES"].split(",")])
-    sys.exit(train.main(sys.argv[1:]))
+    return train.main(words)
