@@ -22,7 +22,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxtune import hosts, hub
-from jaxtune.local_tier import LocalTier
+from jaxtune.local_tier import ATTEMPTS, LocalTier
 from jaxtune.manifest import CUT_OFF, MANIFEST, Share, check_manifest, read_manifest, write_manifest, write_share
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
@@ -70,6 +70,12 @@ class Checkpoints:
     def open_local(self, folder: str, mesh: Mesh) -> None:
         """Keeps copies of the newest states in `folder` of every host's own, too; see `LocalTier`."""
         self._local = LocalTier(folder, store=self.folder, mesh=mesh, say=self._say)
+
+    def forget_local(self) -> None:
+        """Says that copies of earlier starts do not count any more: this one goes on, and makes none."""
+        with hosts.together():
+            if hosts.index() == 0:
+                (self.folder / ATTEMPTS).unlink(missing_ok=True)
 
     def check_local_room(self, state: Any) -> None:
         """Raises ValueError when a host's own disk is too small for the copies of `state`."""
@@ -126,10 +132,15 @@ class Checkpoints:
         )
 
     def has_failed(self) -> bool:
-        """Whether the save under way has failed already, on any host."""
-        done = self._finishing is not None and self._finishing[1].done()
-        failed = done and self._finishing is not None and self._finishing[1].exception() is not None
-        return any(hosts.gather(failed))
+        """Whether the save under way has ended on all hosts, and failed on any.
+
+        While some hosts still wait for the one that failed, training goes on: there is nothing to be saved to yet.
+        """
+        done, failed = False, False
+        if self._finishing is not None and self._finishing[1].done():
+            done, failed = True, self._finishing[1].exception() is not None
+        told = hosts.gather([done, failed])
+        return all(done for done, _ in told) and any(failed for _, failed in told)
 
     def wait(self) -> None:
         """Waits until the save under way is on disk with its manifest; raises OSError if it failed, on any host."""
@@ -138,10 +149,12 @@ class Checkpoints:
             raise OSError(failure)
 
     def settle(self) -> None:
-        """Waits until the save under way has ended, well or not; one that failed is told."""
+        """Waits until what is being saved is, well or not, also on the hosts' own disks; what failed is told."""
         failure = self._outcome()
         if failure is not None:
             self._say(f"warning: a save failed ({failure})")
+        if self._local is not None:
+            self._local.settle()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -183,12 +196,7 @@ class Checkpoints:
         if self._finishing is None:
             return None
         error, self._finishing = self._finishing[1].exception(), None
-        told = hosts.gather(None if error is None else f"{type(error).__name__}: {error}")
-        failed = [host for host, message in enumerate(told) if message is not None]
-        if not failed:
-            return None
-        message = " ".join(told[failed[0]].split())[:500]
-        return message if hosts.count() == 1 else f"{hosts.names()[failed[0]]}: {message}"
+        return hosts.first_failure(error)
 
     def _finish(self, step: int) -> None:
         self._writer.wait_until_finished()
@@ -227,12 +235,12 @@ class Checkpoints:
                 for later in self._listed():
                     if later > step:
                         self._remove(later)
-        self.drop_local_after(step)
+        self.begin_local(step)
 
-    def drop_local_after(self, step: int) -> None:
-        """Removes the copies after `step` on the hosts' own disks: what is left there is of hosts that went further."""
+    def begin_local(self, step: int) -> None:
+        """Says that the run goes on from `step`: copies of later steps on the hosts' own disks count no more."""
         if self._local is not None:
-            self._local.drop_after(step)
+            self._local.begin(step)
 
     def _listed(self) -> list[int]:
         return sorted(int(path.name) for path in self._paths() if path.name.isdigit())

@@ -21,7 +21,7 @@ from jaxtune.config import Config
 from jaxtune.cost_model.chips import CHIPS, Chip
 from jaxtune.forecast import OFFLOAD, SLACK, Forecast, Forecaster
 from jaxtune.memory import OutOfMemory, memory_explained
-from jaxtune.sharding import BATCH_AXES, make_mesh, mesh_sizes
+from jaxtune.sharding import BATCH_AXES, make_mesh, mesh_sizes, mesh_words
 
 GIB = 2**30
 REMATS = ("none", "minimal", "dots", "mid", "full", "offload")
@@ -55,7 +55,7 @@ class Choice(NamedTuple):
 
     def describe(self) -> str:
         """Says in a few words what it is."""
-        axes = " x ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one device"
+        axes = mesh_words(self.sizes)
         told = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"{axes}, {self.rows} rows at once, remat {self.remat}{told}"
 

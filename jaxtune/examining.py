@@ -220,7 +220,7 @@ def _about_mesh(mesh: Any, problem: str | None, config: Config | None) -> Iterat
     if problem is not None:
         yield Finding("error", problem)
         return
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    sizes = sharding.mesh_words(mesh.shape)
     rows = f", {config.train.batch_rows} rows a batch" if config is not None else ""
     yield Finding("ok", f"{sizes}{rows}")
 
@@ -298,18 +298,21 @@ def _output(config: Config) -> Iterator[Finding]:
     """Whether all hosts see one output folder or bucket, and host 0 can write there."""
     folder = epath.Path(config.output).expanduser()
     is_bucket = hub.is_url(config.output)
-    there = folder if is_bucket or folder.exists() else _nearest(pathlib.Path(folder))
+    there = folder if is_bucket else _nearest(pathlib.Path(folder))
     mark = epath.Path(there) / f".doctor-{hosts.from_first(os.getpid())}"
-    problem = None
-    try:
+    problem, sees = None, False
+    try:  # a bucket's client has types of error of its own, and no host may leave before all have looked
         if hosts.index() == 0:
             mark.write_text("seen")
-    except Exception as error:  # a bucket's client has types of its own
+    except Exception as error:
         problem = f"{there} cannot be written ({error}); expected a folder or bucket that host 0 may write to"
     problem = hosts.from_first(problem)
-    sees = problem is None and mark.exists()
+    try:
+        sees = problem is None and mark.exists()
+    except Exception as error:
+        problem = f"{there} cannot be read ({error}); expected a folder or bucket that every host may read"
     hosts.wait_for_all("every host has looked for the mark")
-    if hosts.index() == 0 and problem is None:
+    if hosts.index() == 0 and sees:
         mark.unlink(missing_ok=True)
     if problem is not None:
         yield Finding("error", problem)

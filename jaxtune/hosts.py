@@ -129,6 +129,16 @@ def from_first(value: Any) -> Any:
     return gather(value if index() == 0 else None)[0]
 
 
+def first_failure(error: BaseException | None) -> str | None:
+    """Returns what went wrong on any host, the first one's error in a line with its name; all hosts must call it."""
+    told = gather(None if error is None else f"{type(error).__name__}: {error}")
+    failed = [host for host, message in enumerate(told) if message is not None]
+    if not failed:
+        return None
+    message = " ".join(told[failed[0]].split())[:500]
+    return message if count() == 1 else f"{names()[failed[0]]}: {message}"
+
+
 def wait_for_all(what: str) -> None:
     """Returns when every host has come to `what`."""
     if count() > 1:

@@ -1,7 +1,7 @@
 """What a host's own disk has of a state: the shards of its devices in one file, a list of them, and a manifest.
 
 FOLDER/arrays       the bytes of every shard, one after another; a shard that several devices hold once
-FOLDER/index.json   which shards these are, at which places of which mesh, and the run's JSON
+FOLDER/index.json   which shards these are, at which places of which mesh, of which attempt, and the run's JSON
 FOLDER/jaxtune_manifest.json
 
 A place is a position in `mesh.devices.flat`.
@@ -36,18 +36,19 @@ class Where(NamedTuple):
 class Copy(NamedTuple):
     """A host's copy of its part of a state.
 
-    `mesh`: size of each axis. `unsplit`: the axes over which no leaf is split, so that places which differ only along
-    these hold the same. `run`: the JSON that was saved beside the arrays.
+    `attempt`: whose step it is (`attempts.py`). `mesh`: size of each axis. `unsplit`: the axes over which no leaf is
+    split, so that places which differ only along these hold the same. `run`: the JSON that was saved beside the arrays.
     """
 
+    attempt: str
     places: tuple[int, ...]
     mesh: dict[str, int]
     unsplit: tuple[str, ...]
     shards: dict[tuple[str, Box], Where]
     run: dict[str, Any]
 
-    def read(self, name: str, index: Slices, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        """Returns the shard `index` of a leaf.
+    def find(self, name: str, index: Slices, leaf: jax.ShapeDtypeStruct) -> Where:
+        """Returns where the shard `index` of a leaf is.
 
         Raises:
             ValueError: there is no such shard, or its numbers are of another type.
@@ -61,9 +62,14 @@ class Copy(NamedTuple):
                 f"{file}: expected the shard {box} of {name}, {leaf.dtype} {leaf.shape}; found {have}. Another "
                 "version of jaxtune wrote it: remove that folder on all hosts to go on from storage"
             )
-        shape = [stop - start for start, stop in box]
+        return found
+
+    def read(self, name: str, index: Slices, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        """Returns the shard `index` of a leaf; raises as `find` does."""
+        where = self.find(name, index, leaf)
+        shape = [stop - start for start, stop in box_of(index, leaf.shape)]
         size = int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
-        return np.fromfile(found.file, np.uint8, size, offset=found.start).view(leaf.dtype).reshape(shape)
+        return np.fromfile(where.file, np.uint8, size, offset=where.start).view(leaf.dtype).reshape(shape)
 
 
 class OnHost(NamedTuple):
@@ -82,20 +88,26 @@ def shards_of(named: Mapping[str, jax.Array]) -> list[tuple[str, Box, jax.Array]
     return [(name, box, data) for (name, box), data in found.items()]
 
 
-def copy_to_host(named: Mapping[str, jax.Array], mesh: Mesh, run: dict[str, Any]) -> OnHost:
+def places_of_host(mesh: Mesh) -> list[int]:
+    """Returns the places of this host's devices."""
+    return [place for place, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+
+
+def copy_to_host(named: Mapping[str, jax.Array], mesh: Mesh, *, attempt: str, run: dict[str, Any]) -> OnHost:
     """Copies what this host's devices hold into its memory.
 
     Args:
         named: leaves by name, each with a `NamedSharding` on the mesh.
+        attempt: whose step it is.
         run: JSON values.
     """
     shards = shards_of(named)
     for *_, data in shards:
         data.copy_to_host_async()
     arrays = [_on_host(data) for *_, data in shards]
-    here = jax.process_index()
     listed = {
-        "places": [place for place, device in enumerate(mesh.devices.flat) if device.process_index == here],
+        "attempt": attempt,
+        "places": places_of_host(mesh),
         "mesh": dict(mesh.shape),
         "unsplit": _unsplit_axes(mesh, named.values()),
         "shards": [
@@ -123,32 +135,39 @@ def _unsplit_axes(mesh: Mesh, leaves: Iterable[jax.Array]) -> list[str]:
 
 
 def write_copy(folder: pathlib.Path, copy: OnHost) -> None:
-    """Writes a copy aside and then in place, so that a folder that is there is whole."""
+    """Writes a copy aside and then in place, so that a folder that is there is whole; one that fails leaves nothing."""
     aside = folder.with_suffix(".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    with (aside / _ARRAYS).open("wb") as file:
-        for array in copy.arrays:
-            array.tofile(file)
-    (aside / _INDEX).write_text(json.dumps(copy.listed))
-    write_manifest(epath.Path(aside))
+    try:
+        with (aside / _ARRAYS).open("wb") as file:
+            for array in copy.arrays:
+                array.tofile(file)
+        (aside / _INDEX).write_text(json.dumps(copy.listed))
+        write_manifest(epath.Path(aside))
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
 def read_copy(folder: pathlib.Path) -> Copy | str:
     """Returns what lies in a folder, its arrays not yet read, or what is wrong with it."""
-    problem = check_manifest(epath.Path(folder))
-    if problem is not None:
-        return problem
-    listed = json.loads((folder / _INDEX).read_text())
+    try:
+        problem = check_manifest(epath.Path(folder))
+        if problem is not None:
+            return problem
+        listed = json.loads((folder / _INDEX).read_text())
+    except OSError as error:
+        return f"it cannot be read ({error})"
     shards: dict[tuple[str, Box], Where] = {}
     start = 0
     for one in listed["shards"]:
         box = tuple((first, stop) for first, stop in one["box"])
         shards[one["name"], box] = Where(folder / _ARRAYS, start, one["dtype"])
         start += one["bytes"]
-    return Copy(tuple(listed["places"]), listed["mesh"], tuple(listed["unsplit"]), shards, listed["run"])
+    return Copy(**{**listed, "shards": shards})
 
 
 def box_of(index: Slices, shape: Sequence[int]) -> Box:

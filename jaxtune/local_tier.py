@@ -3,17 +3,15 @@
 FOLDER/RUN/STEP/HOST has what the devices of host HOST held (`local_copies.py`). Writing it sends nothing to anybody.
 Along mesh axes over which no leaf is split (slice, data) several disks hold the same, so that a host whose disk is new
 or damaged is sent its shards by another. Hosts that come back with other numbers than before sit down where their disks
-fit, and the arrays move from there to where they belong.
-
-A part is what all places hold that differ only along those axes. A step is whole when some disk has each part.
+fit, and the arrays move from there to where they belong. Who reads what is found by `find_seats` (`local_seats.py`).
 """
 
 import concurrent.futures
 import hashlib
 import os
 import pathlib
-import secrets
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,22 +21,13 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import hosts, hub, placement
-from jaxtune.local_copies import Copy, OnHost, copy_to_host, read_copy, shards_of, write_copy
+from jaxtune.attempts import Attempts
+from jaxtune.local_copies import Copy, OnHost, copy_to_host, places_of_host, read_copy, shards_of, write_copy
+from jaxtune.local_seats import Seats, find_seats
+from jaxtune.sharding import mesh_words
 
 KEPT = 2  # steps: while one is being written, the one before it is whole on all disks
-IDENTITY = "local_tier"  # in OUTPUT/checkpoints: which of a disk's folders is this run's
-
-
-class Seats(NamedTuple):
-    """Who reads a step from which disk.
-
-    `devices`: which device, by its number in the mesh, sits at each place. `sources`: whether the device at a place
-    reads its part for all. `all_have_own`: every device's host has its part, and nothing need be sent.
-    """
-
-    devices: list[int]
-    sources: list[bool]
-    all_have_own: bool
+ATTEMPTS = "local_tier.json"  # in OUTPUT/checkpoints; gone with it, so that a run begun anew finds nothing of the old
 
 
 class _Found(NamedTuple):
@@ -57,7 +46,7 @@ class LocalTier:
 
         Args:
             folder: of each host's own; `~` and `$NAME` are the host's.
-            store: the run's checkpoints in storage, where its identity is kept.
+            store: the run's checkpoints in storage, where its attempts are kept.
             mesh: that states lie on.
 
         Raises:
@@ -66,11 +55,9 @@ class LocalTier:
         self._mesh, self._say = mesh, say
         with hosts.together():
             own = own_folder(folder)
-            if hosts.index() == 0 and not (store / IDENTITY).exists():
-                (store / IDENTITY).write_text(secrets.token_hex(8))
-        identity = hosts.from_first((store / IDENTITY).read_text() if hosts.index() == 0 else None)
+        self._attempts = Attempts(store / ATTEMPTS)
         of_store = hashlib.sha256(str(store).encode()).hexdigest()[:12]
-        self.folder = own / f"{of_store}-{identity}"
+        self.folder = own / f"{of_store}-{self._attempts.run}"
         with hosts.together():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,17 +75,33 @@ class LocalTier:
         self._told: set[str] = set()
 
     def check_room(self, named: Mapping[str, jax.Array]) -> None:
-        """Raises ValueError when a host's disk cannot hold the copies that are kept and the one that is written."""
+        """Raises ValueError when a disk cannot hold the copies that are kept and the one that is written.
+
+        Several processes may share a disk; what they need is added up.
+        """
+        disk = [socket.gethostname(), self.folder.stat().st_dev]
+        own = (KEPT + 1) * sum(data.nbytes for *_, data in shards_of(named))
+        size = sum(need for where, need in hosts.gather([disk, own]) if where == disk)
         with hosts.together():
-            size = (KEPT + 1) * sum(data.nbytes for *_, data in shards_of(named))
-            have = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-            free = shutil.disk_usage(self.folder).free
+            have, free = _size(self.folder), shutil.disk_usage(self.folder).free
             if size - have > free:
+                others = [f"{path} {_size(path) / 2**30:.1f} GiB" for path in self.folder.parent.glob("*-*")]
+                others = [line for line in others if not line.startswith(str(self.folder))]
+                left = f", or remove what other runs left ({', '.join(others[:3])})" if others else ""
                 raise ValueError(
                     f"checkpoint.local.path: {self.folder.parent} has {free / 2**30:.1f} GiB free; {KEPT + 1} copies "
                     f"of this host's part of the state need {size / 2**30:.1f} GiB. Give a larger disk, or none "
-                    "(checkpoint.local.path=null)"
+                    f"(checkpoint.local.path=null){left}"
                 )
+
+    def begin(self, step: int) -> None:
+        """Says that the run goes on from `step`: what was copied after it is of a past that is done again, and goes."""
+        self.settle()
+        self._attempts.begin(step)
+        for later in self._steps():
+            if later > step:
+                shutil.rmtree(self.folder / str(later), ignore_errors=True)
+        hosts.wait_for_all("later local copies are gone")
 
     def save(self, step: int, named: Mapping[str, jax.Array], run: dict[str, Any]) -> None:
         """Starts a copy; returns when the arrays are in host memory and training may go on.
@@ -111,7 +114,8 @@ class LocalTier:
             run: JSON values.
         """
         self.settle()
-        self._writing = step, self._writer.submit(self._write, step, copy_to_host(named, self._mesh, run))
+        copy = copy_to_host(named, self._mesh, attempt=self._attempts.current, run=run)
+        self._writing = step, self._writer.submit(self._write, step, copy)
 
     def _write(self, step: int, copy: OnHost) -> None:
         write_copy(self._own(step), copy)
@@ -122,17 +126,16 @@ class LocalTier:
         """Waits until all hosts have written the copy under way; what failed is told."""
         step, writing = self._writing or (None, None)
         error, self._writing = writing.exception() if writing is not None else None, None
-        told = hosts.gather(None if error is None else f"{type(error).__name__}: {error}")
-        failed = [host for host, message in enumerate(told) if message is not None]
-        if failed:
-            where = f" on {len(failed)} host(s), {hosts.names()[failed[0]]} first" if hosts.count() > 1 else ""
-            self._say(f"warning: the local copy of step {step} could not be written{where}: {told[failed[0]]}")
+        failure = hosts.first_failure(error)
+        if failure is not None:
+            self._say(f"warning: the local copy of step {step} could not be written: {failure}")
 
     def newest(self, *, at_least: int, below: int | None) -> int | None:
         """Returns the newest step in [at_least, below) that the disks of all hosts together hold whole, or None.
 
         Says once which are passed over and why.
         """
+        self.settle()
         self._found = None
         for step in sorted({step for steps in hosts.gather(self._steps()) for step in steps}, reverse=True):
             if step < at_least or (below is not None and step >= below):
@@ -140,7 +143,7 @@ class LocalTier:
             copy = self._look(step)
             told = hosts.gather(None if copy is None else {**copy._asdict(), "shards": {}, "run": None})
             first = next((host for host, one in enumerate(told) if one is not None), None)
-            problem, seats = "no host has a copy that is intact", None
+            problem, seats = "no disk has a whole copy of this attempt's", None
             if first is not None:
                 problem, seats = self._seated(told, told[first])
             if seats is None or first is None:
@@ -151,38 +154,43 @@ class LocalTier:
             return step
         return None
 
-    def _seated(self, told: Sequence[Mapping[str, Any] | None], first: Mapping[str, Any]) -> tuple[str, Seats | None]:
-        """Returns what is wrong with a step, or who reads it from where."""
-        mesh = dict(self._mesh.shape)
-        for one in told:
-            if one is not None and one["mesh"] != mesh:
-                return f"they are of a mesh {_words(one['mesh'])}, this run's is {_words(mesh)}", None
-            if one is not None and one["unsplit"] != first["unsplit"]:
-                return "they are of runs that split their arrays differently", None
-        owners = [device.process_index for device in self._mesh.devices.flat]
-        held = [set(one["places"]) if one is not None else set() for one in told]
-        return "a part of the state is on no disk", find_seats(mesh, first["unsplit"], owners, held)
-
     def _look(self, step: int) -> Copy | None:
-        """Returns what this host's disk has of a step; what is damaged is told, by whichever host has it.
+        """Returns what this host's disk has of a step, of the attempt that the step is of.
 
-        The folder with this host's number has what its devices held. Where there is none, those of other numbers are
-        looked at: the host had another one, or the disk is shared.
+        The folder with this host's number has what its devices held. Where it does not have what they are to hold now,
+        those of other numbers are looked at: the host had another one, or the disk is shared. What is damaged is told.
         """
         own = self._own(step)
-        others = [path for path in sorted(own.parent.glob("*")) if path.name.isdigit()]
-        there = [own] if own in others else others
-        looked = [(path, read_copy(path)) for path in there]
-        damage = [f"{path}: {what}" for path, what in looked if isinstance(what, str)]
+        others = [path for path in sorted(own.parent.glob("*")) if path.name.isdigit() and path != own]
+        copies, damage = [], []
+        for path in ([own] if own.exists() else []) + others:
+            found = read_copy(path)
+            if isinstance(found, str):
+                damage.append(f"{path}: {found}")
+            elif found.attempt == self._attempts.token_of(step):
+                copies.append(found)
+            if path == own and copies and set(places_of_host(self._mesh)) <= set(copies[0].places):
+                break
         for host, lines in enumerate(hosts.gather(damage)):
             for line in lines:
                 self._say_once(f"{hosts.names()[host]}: a local copy is not usable: {line}")
-        copies = [what for _, what in looked if not isinstance(what, str)]
         if not copies:
             return None
         places = sorted({place for copy in copies for place in copy.places})
         shards = {key: where for copy in copies for key, where in copy.shards.items()}
         return copies[0]._replace(places=tuple(places), shards=shards)
+
+    def _seated(self, told: Sequence[Mapping[str, Any] | None], first: Mapping[str, Any]) -> tuple[str, Seats | None]:
+        """Returns what is wrong with a step, or who reads it from where."""
+        mesh = dict(self._mesh.shape)
+        for one in told:
+            if one is not None and one["mesh"] != mesh:
+                return f"they are of a mesh {mesh_words(one['mesh'])}, this run's is {mesh_words(mesh)}", None
+            if one is not None and one["unsplit"] != first["unsplit"]:
+                return "they are of runs that split their arrays differently", None
+        owners = [device.process_index for device in self._mesh.devices.flat]
+        held = [set(one["places"]) if one is not None else set() for one in told]
+        return "a part of the state is on no disk", find_seats(mesh, first["unsplit"], owners, held)
 
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._told:
@@ -190,7 +198,7 @@ class LocalTier:
             self._say(sentence)
 
     def has_any(self) -> bool:
-        """Whether a host's disk has a folder of any step, usable or not."""
+        """Whether a host's disk has a copy of any step, usable or not."""
         return any(hosts.gather(bool(self._steps())))
 
     def has(self, step: int) -> bool:
@@ -209,17 +217,19 @@ class LocalTier:
             wanted: by name, with the sharding of each on the mesh; a subset of what was saved may be asked for.
 
         Raises:
-            ValueError: a leaf was saved with another shape, type or sharding than asked for.
+            ValueError: on all hosts: a leaf was saved with another shape, type or sharding than asked for.
         """
         assert self._found is not None
         _, copy, unsplit, seats, _ = self._found
-        devices = self._mesh.devices
-        seated = Mesh(
-            devices.reshape(-1)[seats.devices].reshape(devices.shape),
-            self._mesh.axis_names,
-            axis_types=self._mesh.axis_types,
-        )
-        sources = np.array(seats.sources).reshape(devices.shape)
+        seated = Mesh(seats.of(self._mesh), self._mesh.axis_names, axis_types=self._mesh.axis_types)
+        sources = np.array(seats.sources).reshape(seated.devices.shape)
+        reading = {device for device, reads in zip(seated.devices.flat, sources.flat, strict=True) if reads}
+        where = {name: NamedSharding(seated, leaf.sharding.spec) for name, leaf in wanted.items()}
+        with hosts.together():  # those that are sent theirs would wait for one that cannot read
+            for name, leaf in wanted.items():
+                for device, index in where[name].addressable_devices_indices_map(leaf.shape).items():
+                    if copy is not None and index is not None and (seats.all_have_own or device in reading):
+                        copy.find(name, index, leaf)
         out: dict[str, jax.Array] = {}
         for name, leaf in wanted.items():
 
@@ -229,22 +239,13 @@ class LocalTier:
 
             if seats.all_have_own:
                 out[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=leaf.dtype)
-            else:
-                where = NamedSharding(seated, leaf.sharding.spec)
-                with jax.set_mesh(seated):
-                    array = placement.from_sources(
-                        read, leaf.shape, leaf.dtype, where, unsplit=unsplit, sources=sources
-                    )
-                out[name] = jax.device_put(array, leaf.sharding)
+                continue
+            with jax.set_mesh(seated):
+                array = placement.from_sources(
+                    read, leaf.shape, leaf.dtype, where[name], unsplit=unsplit, sources=sources
+                )
+            out[name] = jax.device_put(array, leaf.sharding)
         return out
-
-    def drop_after(self, step: int) -> None:
-        """Removes the copies after `step`: the run goes on from there, and will write them anew."""
-        self.settle()
-        for later in self._steps():
-            if later > step:
-                shutil.rmtree(self.folder / str(later), ignore_errors=True)
-        hosts.wait_for_all("later local copies are gone")
 
     def clear(self) -> None:
         """Removes everything: the run is done, and its last state is in storage."""
@@ -259,56 +260,9 @@ class LocalTier:
         return self.folder / str(step) / str(hosts.index())
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
-
-
-def find_seats(
-    mesh: Mapping[str, int], unsplit: Sequence[str], owners: Sequence[int], held: Sequence[set[int]]
-) -> Seats | None:
-    """Says which devices read which parts from their hosts' disks, or None where a part is on no disk.
-
-    mesh {slice 2, fsdp 2}, unsplit [slice], one device a host; places 0 1 | 2 3 hold parts 0 1 | 0 1:
-
-        held {0} {1} {2} {3}   all read their own
-        held {0} {1} {} {}     0 and 1 read, 2 and 3 are sent theirs
-        held {} {1} {2} {}     1 and 2 read
-        held {1} {0} {} {}     the devices of hosts 0 and 1 change seats, read, and what they read moves back
-        held {0} {} {2} {}     None: part 1 is lost
-
-    Args:
-        mesh: size of each axis.
-        unsplit: the axes along which all places hold the same.
-        owners: the host of each device, by its number in the mesh.
-        held: of each host, the places that its disk has.
-    """
-    shape = tuple(mesh.values())
-    split = [number for number, axis in enumerate(mesh) if axis not in unsplit]
-    corners = np.stack(np.unravel_index(np.arange(len(owners)), shape))[split]
-    parts = [tuple(corner) for corner in corners.T.tolist()]
-    parts_held = [{parts[place] for place in places} for places in held]
-    as_they_are = list(range(len(owners)))
-    for devices in (as_they_are, _where_disks_fit(owners, held)):
-        has = [parts[place] in parts_held[owners[device]] for place, device in enumerate(devices)]
-        first = {part: place for place, part in reversed(list(enumerate(parts))) if has[place]}
-        if len(first) == len(set(parts)):
-            sources = [first[part] == place for place, part in enumerate(parts)]
-            return Seats(devices, sources, all_have_own=all(has) and devices == as_they_are)
-    return None
-
-
-def _where_disks_fit(owners: Sequence[int], held: Sequence[set[int]]) -> list[int]:
-    """Seats each host's devices at the places that its disk has, as far as they are free; the others take the rest."""
-    free = [[device for device, owner in enumerate(owners) if owner == host] for host in range(len(held))]
-    seats: dict[int, int] = {}
-    for host, places in enumerate(held):
-        for place in sorted(places - seats.keys())[: len(free[host])]:
-            seats[place] = free[host].pop(0)
-    rest = iter([device for devices in free for device in devices])
-    return [seats[place] if place in seats else next(rest) for place in range(len(owners))]
-
-
-def _words(mesh: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "of one device"
+        """The steps of which this disk has a copy that was written to its end."""
+        found = [path for path in self.folder.glob("*/*") if path.name.isdigit() and path.parent.name.isdigit()]
+        return sorted({int(path.parent.name) for path in found})
 
 
 def own_folder(folder: str) -> pathlib.Path:
@@ -325,3 +279,7 @@ def own_folder(folder: str) -> pathlib.Path:
     if "$" in path:
         raise ValueError(f"checkpoint.local.path: found {folder}; a variable in it is not set on this host")
     return pathlib.Path(path).expanduser().absolute()
+
+
+def _size(folder: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

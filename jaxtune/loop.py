@@ -114,7 +114,7 @@ class Loop:
                 evaluates = not stops and self._is_time_to_evaluate(step)
                 saves = stops or self._is_time_to_save(step)
                 copies = self._is_time_to_copy(step)
-                if evaluates or saves or copies or self._save_has_failed(step):
+                if self._save_has_failed(step) or evaluates or saves or copies:
                     with memory_explained(self.config, self._needs):
                         self._read(done)
                     done = None
@@ -123,6 +123,8 @@ class Loop:
                         only_copies = not saves and not self._save_is_due
                         self._save(step, state, data_state, only_copies=only_copies, wait=stops or step == self.steps)
                 self.watchdog.beat()
+            if not stops and step not in self.checkpoints.finished():  # the last updates were gone back from
+                self._save(step, state, data_state, only_copies=False, wait=True)
             exit_code = stop.exit_code(self.config.train.preempted_exit_code) if stops and step < self.steps else 0
         seconds = time.perf_counter() - began
         watcher, intervals = self._watcher, self._watcher.step_seconds[1:]
@@ -263,7 +265,7 @@ class Loop:
         return restored.state, to
 
     def _save(self, step: int, state: TrainState, data_state: dict, *, only_copies: bool, wait: bool) -> None:
-        """Starts saving; on the hosts' own disks first, for that is done while storage is still at it."""
+        """Starts saving. Before a stop it is storage's time alone: hosts, and their own disks, may be gone after it."""
         own = self._eval_loss if self._evaluated == step else None  # not that of an earlier state
         run = {
             "step": step,
@@ -276,7 +278,7 @@ class Loop:
         }
         with hosts.together():
             self.check_folder()
-        if step < self.steps:
+        if not wait:
             self.checkpoints.save_locally(step, state, run=run)
         if not only_copies:
             self.checkpoints.save(step, state, run=run, wait=wait)

@@ -34,7 +34,7 @@ ALL = Share()
 def write_share(folder: epath.Path, share: Share) -> None:
     """Writes what a host other than the first found in its files, for the first one to read."""
     found = {name: _fingerprint(path) for name, path in files_of(folder) if share.has(name)}
-    _write_aside(_share_file(folder, share.host), found)
+    write_aside(_share_file(folder, share.host), found)
 
 
 def write_manifest(folder: epath.Path, share: Share = ALL, *, wait_seconds: float = 0.0) -> None:
@@ -58,7 +58,7 @@ def write_manifest(folder: epath.Path, share: Share = ALL, *, wait_seconds: floa
     run = json.loads(run_file.read_text()) if run_file.exists() else {}
     listed = {name: found[name] if name in found else _fingerprint(path) for name, path in files}
     manifest = {"files": listed, "eval_loss": run.get("eval_loss")}
-    _write_aside(folder / MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
+    write_aside(folder / MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
 
 
 def check_manifest(folder: epath.Path, share: Share = ALL) -> str | None:
@@ -110,10 +110,11 @@ def _share_file(folder: epath.Path, host: int) -> epath.Path:
     return folder / f"{MANIFEST}.host{host}"
 
 
-def _write_aside(file: epath.Path, content: dict[str, Any]) -> None:
+def write_aside(file: epath.Path, content: dict[str, Any]) -> None:
+    """Writes JSON into another file and then in place, so that what is there is whole."""
     aside = file.parent / f"{file.name}.tmp"
     aside.write_text(json.dumps(content, indent=1, sort_keys=True))
-    aside.rename(file)
+    aside.replace(file)
 
 
 def _digest_of(content: dict[str, Any]) -> str:

@@ -147,16 +147,21 @@ def from_sources(
         else:
             piece = np.zeros(stacked.shard_shape(whole), unsigned)
         pieces.append(jax.device_put(piece, device))
-    return _adder(np.dtype(dtype), sharding)(jax.make_array_from_single_device_arrays(whole, stacked, pieces))
+    return _adder(np.dtype(dtype), stacked, sharding)(jax.make_array_from_single_device_arrays(whole, stacked, pieces))
 
 
 @functools.cache
-def _adder(dtype: Any, sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+def _adder(dtype: Any, stacked: NamedSharding, sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    unsplit = stacked.spec[0]
+
     def add(bits: jax.Array) -> jax.Array:
-        total = bits.sum(0, dtype=bits.dtype)
+        total = jax.lax.psum(bits[0], unsplit)
         return total != 0 if dtype.kind == "b" else jax.lax.bitcast_convert_type(total, dtype)
 
-    return jax.jit(add, out_shardings=sharding)
+    each = jax.shard_map(
+        add, mesh=sharding.mesh, in_specs=stacked.spec, out_specs=sharding.spec, check_vma=False
+    )  # each device brings its own, also where jax would take several for the same
+    return jax.jit(each, out_shardings=sharding)
 
 
 @functools.cache

@@ -90,6 +90,11 @@ def mesh_sizes(sizes: Mapping[str, int], devices: int, *, kind: str) -> dict[str
     return shape
 
 
+def mesh_words(sizes: Mapping[str, int]) -> str:
+    """Returns the axes that split anything, "fsdp 4 x tensor 2"."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
 def _device_array(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     """Orders devices so that neighbours on an axis are neighbours on the wire; plain order where that is unknown."""
     if devices[0].platform != "tpu":

@@ -20,7 +20,7 @@ from jaxtune.metrics import MetricsLog, SilentLog, Terminal, duration
 from jaxtune.optimizer import warmup_steps
 from jaxtune.rollbacks import Rollbacks
 from jaxtune.run_folder import RunFolder, open_run_folder
-from jaxtune.sharding import create_on_mesh, make_mesh, use_compilation_cache
+from jaxtune.sharding import create_on_mesh, make_mesh, mesh_words, use_compilation_cache
 from jaxtune.step import (
     TrainState,
     compile_eval_step,
@@ -106,6 +106,7 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
         checkpoints.check_local_room(state)
         if start < steps:
             train_step, eval_step = _compile(drawn, state, frozen, inputs, terminal)
+            checkpoints.begin_local(start)
             state, outcome = _train(
                 config,
                 plan,
@@ -122,6 +123,8 @@ def _run(config: Config, folder: RunFolder, terminal: Terminal) -> Result:
                 rollbacks,
             )
         else:
+            if saved and start not in checkpoints.finished():
+                checkpoints.save(start, state, run=saved, wait=True)  # so far on the hosts' own disks alone
             if saved:
                 terminal.say(f"{folder.path} is already at step {steps}; raise train.steps or train.epochs to go on")
             outcome = Outcome(start, loss=None, eval_loss=saved.get("eval_loss") if saved else None, exit_code=0)
@@ -164,7 +167,6 @@ def _find_saved(
     with hosts.together():
         folder.check_resume(config, has_saved=has_saved)
     newest = checkpoints.newest_usable(terminal.warn)
-    checkpoints.drop_local_after(newest or 0)
     rollbacks = Rollbacks(folder.path, start=newest or 0)
     if newest is None:
         return None, None, rollbacks
@@ -193,6 +195,8 @@ def _open_checkpoints(config: Config, folder: RunFolder, terminal: Terminal) -> 
     checkpoints = Checkpoints(str(folder.path / "checkpoints"), keep=keys.keep, patience=patience, say=terminal.say)
     if keys.local.path is not None:
         checkpoints.open_local(keys.local.path, jax.sharding.get_mesh())
+    else:
+        checkpoints.forget_local()
     return checkpoints
 
 
@@ -285,7 +289,7 @@ def _train(
 def _describe_plan(drawn: blueprint.Blueprint, steps: int, inputs: Inputs) -> str:
     config, plan, mesh = drawn.config, drawn.model, drawn.mesh
     trainable, total = adapters.count(plan.trainable), adapters.count((plan.trainable, plan.frozen))
-    split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    split = mesh_words(mesh.shape)
     room = inputs.stream.maker.rows.room if inputs.stream else (config.data.max_length or 0,)
     tokens = config.train.batch_rows * sum(room)
     width = f"{room[0]}" if len(room) == 1 else f"({' + '.join(map(str, room))})"

@@ -40,6 +40,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "checkpoint",
         "local_tier",
         "local_copies",
+        "local_seats",
+        "attempts",
         "metrics",
         "run_folder",
         "memory",

@@ -106,11 +106,20 @@ def test_after_several_in_a_row_the_run_goes_back_and_on_with_the_data_that_foll
     assert [r["went_back_from"] for r in tiny_runs.records(tmp_path / "out") if "went_back_from" in r] == [45]
 
 
-def test_a_run_killed_after_it_went_back_does_not_see_the_skipped_batches(run, tmp_path):
-    run("whole", wrong=(44, 45))
+@pytest.mark.parametrize(("copies_every", "to"), [(None, 40), (2, 42)], ids=["storage alone", "local copies"])
+def test_a_run_killed_after_it_went_back_does_not_see_the_skipped_batches(run, tmp_path, copies_every, to):
+    """With copies on the host's own disk it goes back to one of these; those of steps gone back from do not count."""
+
+    def disk(name):
+        copies = (f"checkpoint.local.path={tmp_path / name}-disk", f"checkpoint.local.every_steps={copies_every}")
+        return copies if copies_every else ()
+
+    run("whole", *disk("whole"), wrong=(44, 45))
+    (record,) = json.loads((tmp_path / "whole" / "rollbacks.json").read_text())
+    assert (record["from"], record["to"]) == (45, to)
     with pytest.raises(RuntimeError, match="the machine is gone"):
-        run("parts", wrong=(44, 45), dies=48)
-    run("parts")
+        run("parts", *disk("parts"), wrong=(44, 45), dies=48)
+    run("parts", *disk("parts"))
     assert stream(tmp_path / "parts") == stream(tmp_path / "whole")
     assert tiny_runs.losses(tmp_path / "parts") == tiny_runs.losses(tmp_path / "whole")
 

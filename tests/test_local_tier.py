@@ -1,7 +1,7 @@
 """The local tier in one process: to the bit, two steps kept, damage and other meshes told; who reads what."""
 
 import json
-import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -13,8 +13,10 @@ import tiny_runs
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtune import local_tier, placement, training
-from jaxtune.local_tier import LocalTier, Seats, find_seats
+from jaxtune import checkpoint, local_copies, local_tier, placement, training
+from jaxtune.attempts import Attempts
+from jaxtune.local_seats import Seats, find_seats
+from jaxtune.local_tier import ATTEMPTS, LocalTier
 from jaxtune.sharding import make_mesh
 
 SPECS = {
@@ -75,7 +77,8 @@ def opened(tmp_path, mesh):
     return open_
 
 
-def save(tier: LocalTier, mesh, *steps: int) -> None:
+def save(tier: LocalTier, mesh, *steps: int, since: int = 0) -> None:
+    tier.begin(since)
     for step in steps:
         tier.save(step, placed(values_of(step), mesh), {"step": step, "data": {"lanes": [[step, 0]]}})
     tier.settle()
@@ -95,6 +98,7 @@ def test_the_newest_comes_back_to_the_bit_with_its_json(opened, mesh):
 
 def test_what_is_saved_is_the_state_at_that_moment_though_its_buffers_are_given_away(opened, mesh):
     tier, arrays = opened(), placed(values_of(1), mesh)
+    tier.begin(0)
     step = jax.jit(lambda tree: jax.tree.map(lambda a: (a + a).astype(a.dtype), tree), donate_argnums=0)
     tier.save(1, arrays, {})
     jax.block_until_ready(step(arrays))
@@ -118,7 +122,7 @@ def test_a_flipped_bit_is_told_once_and_the_step_before_it_used(opened, mesh):
     assert tier.newest(at_least=0, below=None) == 1 and tier.newest(at_least=0, below=None) == 1
     said = "\n".join(opened.said)
     assert said.count("a local copy is not usable") == 1 and "SHA-256" in said
-    assert said.count("the local copies of step 2 are not used: no host has a copy that is intact") == 1
+    assert said.count("the local copies of step 2 are not used: no disk has a whole copy of this attempt's") == 1
     assert tier.newest(at_least=2, below=None) is None
 
 
@@ -139,7 +143,7 @@ def test_a_run_begun_anew_in_the_same_place_finds_nothing_of_the_old_and_leaves_
     old, other = opened(), opened(store="another run")
     save(old, mesh, 1)
     save(other, mesh, 2)
-    (tmp_path / "store" / local_tier.IDENTITY).unlink()  # OUTPUT was removed
+    (tmp_path / "store" / ATTEMPTS).unlink()  # OUTPUT was removed
     assert opened().newest(at_least=0, below=None) is None
     assert not old.folder.exists() and other.folder.exists()
 
@@ -147,27 +151,80 @@ def test_a_run_begun_anew_in_the_same_place_finds_nothing_of_the_old_and_leaves_
 def test_what_comes_after_the_step_gone_on_from_goes_and_all_of_it_when_the_run_is_done(opened, mesh):
     tier = opened()
     save(tier, mesh, 3, 4)
-    tier.drop_after(3)
+    tier.begin(3)
     assert tier.newest(at_least=0, below=None) == 3
     tier.clear()
     assert not tier.folder.exists() and not tier.has_any()
 
 
-def test_a_disk_that_is_full_is_a_warning_at_the_next_copy(opened, mesh, monkeypatch):
+def test_a_copy_of_a_past_that_was_done_again_does_not_count_when_its_disk_comes_back(opened, mesh, tmp_path):
+    """The machine that held step 3 is gone, the run goes on from 2, and the machine returns."""
     tier = opened()
-    real = local_tier.write_copy
+    save(tier, mesh, 2, 3)
+    shutil.move(tier.folder / "3", tmp_path / "away")
+    save(opened(), mesh, since=2)
+    shutil.move(tmp_path / "away", tier.folder / "3")
+    again = opened()
+    assert again.newest(at_least=0, below=None) == 2
+    assert "step 3 are not used: no disk has a whole copy of this attempt's" in opened.said[-1]
+    save(again, mesh, 3, since=2)
+    assert again.newest(at_least=0, below=None) == 3
 
-    def full(folder: pathlib.Path, copy) -> None:
+
+def test_attempts_know_whose_a_step_is(tmp_path):
+    file = epath.Path(tmp_path / "attempts.json")
+    attempts = Attempts(file)
+    assert attempts.token_of(1) is None
+    attempts.begin(0)
+    first = attempts.current
+    attempts.begin(100)
+    second = attempts.current
+    assert [attempts.token_of(step) for step in (1, 100, 101)] == [first, first, second]
+    attempts.begin(50)
+    third = attempts.current
+    again = Attempts(file)
+    assert again.run == attempts.run and len({first, second, third}) == 3
+    assert [again.token_of(step) for step in (1, 50, 51, 100, 101)] == [first, first, third, third, third]
+    again.begin(0)
+    assert again.token_of(1) == again.token_of(500) == again.current
+
+
+def test_a_disk_that_is_full_is_a_warning_at_the_next_copy_and_what_was_written_goes(opened, mesh, monkeypatch):
+    tier = opened()
+    real = local_copies.write_manifest
+
+    def full(folder) -> None:
         if folder.parent.name == "2":
             raise OSError(28, "No space left on device")
-        real(folder, copy)
+        real(folder)
 
-    monkeypatch.setattr(local_tier, "write_copy", full)
-    save(tier, mesh, 1, 2, 3)
+    monkeypatch.setattr(local_copies, "write_manifest", full)
+    save(tier, mesh, 1, 2)
+    assert not list((tier.folder / "2").iterdir())
+    save(tier, mesh, 3, since=2)
     assert [line for line in opened.said if line.startswith("warning")] == [
         "warning: the local copy of step 2 could not be written: OSError: [Errno 28] No space left on device"
     ]
-    assert tier.newest(at_least=0, below=None) == 3
+    assert tier.newest(at_least=0, below=None) == 3 and tier.newest(at_least=0, below=3) == 1
+
+
+def test_a_disk_that_cannot_be_read_is_told_and_passed_over(opened, mesh, monkeypatch):
+    save(opened(), mesh, 1)
+
+    def broken(folder):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(local_copies, "check_manifest", broken)
+    assert opened().newest(at_least=0, below=None) is None
+    assert "a local copy is not usable: " in opened.said[0] and "Input/output error" in opened.said[0]
+
+
+def test_what_is_being_written_is_waited_for_before_it_is_looked_for(opened, mesh):
+    tier = opened()
+    save(tier, mesh, 1, 2)
+    tier.save(3, placed(values_of(3), mesh), {})
+    assert tier.newest(at_least=0, below=3) == 2, "and 1 is gone by now, not after it was found"
+    assert_same_bits(tier.restore(wanted(placed(values_of(0), mesh))), values_of(2))
 
 
 def test_a_disk_too_small_is_told_before_training(opened, mesh, monkeypatch):
@@ -201,11 +258,12 @@ def test_another_layout_of_a_leaf_is_refused_by_name(opened, mesh):
         again.restore({"weights": other})
 
 
-@pytest.mark.parametrize("reader", [0, 1])
-def test_shards_are_sent_to_those_that_hold_the_same_as_bits(mesh, reader):
-    """One slice reads, the other is sent; a NaN's payload and -0.0 come through."""
+@pytest.mark.parametrize("readers", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 1, 0), (1, 0, 1, 1)])
+def test_shards_are_sent_to_those_that_hold_the_same_as_bits(mesh, readers):
+    """Of each part one slice reads and the other is sent it, whole leaves too; NaN payloads and -0.0 come through."""
     sources = np.zeros(mesh.devices.shape, bool)
-    sources[reader] = True
+    for (fsdp, tensor), reader in zip(np.ndindex(2, 2), readers, strict=True):
+        sources[reader, 0, fsdp, tensor, 0, 0] = True
     asked = []
     for name, value in values_of(5).items():
 
@@ -246,6 +304,11 @@ def test_who_reads_what(held, expected):
     assert found == expected
 
 
+def test_hosts_whose_disks_have_the_places_of_several_take_what_the_others_leave():
+    found = find_seats({"fsdp": 4}, [], owners=[0, 1, 2, 3], held=[{0}, {2, 3}, {2}, {0, 1}])
+    assert found == Seats([0, 3, 2, 1], [True] * 4, False)
+
+
 def test_a_host_of_several_devices_reads_for_all_of_them():
     held = [{0, 1, 2, 3}, set()]
     found = find_seats({"slice": 2, "fsdp": 4}, ["slice"], owners=[0, 0, 0, 0, 1, 1, 1, 1], held=held)
@@ -255,26 +318,79 @@ def test_a_host_of_several_devices_reads_for_all_of_them():
 # A run.
 
 
-def test_a_run_goes_on_from_the_copies_and_is_the_run_that_was_never_stopped(tmp_path, capsys):
-    base = tiny_runs.write_model(tmp_path / "base")
-    data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(40))
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny_runs.write_model(folder / "base"), tiny_runs.write_rows(folder / "data.jsonl", tiny_runs.rows(40))
+
+
+PLAIN = ("checkpoint.every_steps=100", "export.hf=false", "export.adapter=false")
+DIES_AT_4 = """
+import os, sys
+from jaxtune import local_tier, train
+real = local_tier.LocalTier.save
+def save(self, step, *rest):
+    real(self, step, *rest)
+    self.settle()
+    if step == 4:
+        os._exit(9)
+local_tier.LocalTier.save = save
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def killed_at_4(inputs, tmp_path):
+    """Runs a run of 6 updates until it has copied the 4th; returns what makes its configuration, to go on."""
     copies = (f"checkpoint.local.path={tmp_path / 'disk'}", "checkpoint.local.every_steps=2")
-    plain = ("checkpoint.every_steps=100", "export.hf=false", "export.adapter=false")
-    training.run(tiny_runs.config(base, data, tmp_path / "whole", *plain))
-    words = tiny_runs.words(base, data, tmp_path / "out", *plain, *copies)
-    stop = pathlib.Path(tmp_path / "stop.py")
-    stop.write_text(
-        "import os, sys\nfrom jaxtune import local_tier, train\nreal = local_tier.LocalTier.save\n"
-        "def save(self, step, *rest):\n    real(self, step, *rest)\n    self.settle()\n    if step == 4: os._exit(9)\n"
-        "local_tier.LocalTier.save = save\ntrain.main(sys.argv[1:])\n"
-    )
-    assert subprocess.run([sys.executable, str(stop), *words], capture_output=True).returncode == 9
+    words = tiny_runs.words(*inputs, tmp_path / "out", *PLAIN, *copies)
+    assert subprocess.run([sys.executable, "-c", DIES_AT_4, *words], capture_output=True).returncode == 9
     assert not list((tmp_path / "out" / "checkpoints").glob("[0-9]*"))
+    return lambda *more: tiny_runs.config(*inputs, tmp_path / "out", *PLAIN, *copies, *more)
+
+
+def test_a_run_goes_on_from_the_copies_and_is_the_run_that_was_never_stopped(tmp_path, inputs, killed_at_4, capsys):
+    training.run(tiny_runs.config(*inputs, tmp_path / "whole", *PLAIN))
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate"):
-        training.run(tiny_runs.config(base, data, tmp_path / "out", *plain, *copies, "optimizer.learning_rate=0.02"))
+        training.run(killed_at_4("optimizer.learning_rate=0.02"))
     capsys.readouterr()
-    training.run(tiny_runs.config(base, data, tmp_path / "out", *plain, *copies))
+    training.run(killed_at_4())
     assert "restoring step 4 from the hosts' own disks" in capsys.readouterr().out
     assert tiny_runs.losses(tmp_path / "out") == tiny_runs.losses(tmp_path / "whole")
     assert json.loads((tmp_path / "out" / "checkpoints" / "6" / "run" / "metadata").read_text())["step"] == 6
     assert not list((tmp_path / "disk").rglob("arrays"))
+
+
+def test_a_state_that_is_on_a_disk_alone_is_put_into_storage_when_the_run_ends_there(tmp_path, killed_at_4):
+    """train.steps may be lowered to where the run is."""
+    training.run(killed_at_4("train.steps=4"))
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("[0-9]*")] == ["4"]
+    assert not list((tmp_path / "disk").rglob("arrays"))
+
+
+def test_a_start_without_copies_makes_those_of_before_count_no_more(tmp_path, killed_at_4, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Loop, "run", lambda *anything, **more: (_ for _ in ()).throw(RuntimeError("stopped")))
+        with pytest.raises(RuntimeError, match="stopped"):
+            training.run(killed_at_4("checkpoint.local.path=null"))
+    capsys.readouterr()
+    training.run(killed_at_4())
+    assert "restoring" not in capsys.readouterr().out
+
+
+def test_a_save_that_failed_is_noticed_though_a_copy_is_made_at_every_update(tmp_path, inputs, monkeypatch, capsys):
+    real, left = checkpoint.write_manifest, [1]
+
+    def write(*args, **options):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        real(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", write)
+    words = ("checkpoint.every_steps=2", "train.steps=40", f"checkpoint.local.path={tmp_path / 'disk'}")
+    more = ("checkpoint.local.every_steps=1", "export.hf=false", "export.adapter=false")
+    training.run(tiny_runs.config(*inputs, tmp_path / "out", *words, *more, "checkpoint.every_steps=30"))
+    assert "saving step 30 failed" in capsys.readouterr().out
+    saved = sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").glob("[0-9]*"))
+    assert len(saved) == 2 and 30 < saved[0] < 40 and saved[1] == 40

@@ -1,11 +1,14 @@
 """Kills a run of several processes at random instants, again and again, and shows that nothing was lost.
 
-    python tools/soak.py FOLDER --kills 200 [--processes 2] [--sum FOLDER/soak.json]
+    python tools/soak.py FOLDER --kills 200 [--processes 2] [--local] [--sum FOLDER/soak.json]
 
 A tiny mixture is tuned on the loopback. Each time all processes, or one of them, get SIGKILL at a random instant of
 their lives (start, restore, update, save), and the same command goes on; a run that reaches its end (a lap) is compared
 with one that nothing happened to: every update's examples, and every array of the last checkpoint bit for bit. Figures
 are summed in a JSON file, so that sittings add up: 5 of 200 are 1,000 kills.
+
+With --local every host is a slice with copies on a disk of its own, made at every third update; after one kill of four
+the disk of one host is lost.
 """
 
 import argparse
@@ -51,8 +54,8 @@ def train(words: Sequence[str], environment: dict[str, str], log: str) -> None:
 class Soak:
     """The inputs, the uninterrupted run, and what was found so far."""
 
-    def __init__(self, folder: pathlib.Path, processes: int, seed: int) -> None:
-        self.folder, self.processes = folder, processes
+    def __init__(self, folder: pathlib.Path, processes: int, *, local: bool, seed: int) -> None:
+        self.folder, self.processes, self.local = folder, processes, local
         self.draw = random.Random(seed)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
@@ -71,6 +74,9 @@ class Soak:
             f"train.steps={STEPS}", f"checkpoint.every_steps={SAVE_EVERY}", "log.examples=true", "train.batch_rows=4",
             "export.hf=false", "export.adapter=false", "data.max_length=48", "data.window=8",
         )  # fmt: skip
+        if self.local:
+            disks = f"checkpoint.local.path={self.folder / 'disks'}/$JAX_PROCESS_ID"
+            more += (f"mesh.slice={self.processes}", "mesh.fsdp=1", disks, "checkpoint.local.every_steps=3")
         return tiny_runs.words(base, self.folder / "a.jsonl", output, *more)
 
     def start(self, output: pathlib.Path) -> list[Any]:
@@ -120,6 +126,8 @@ class Soak:
             raise AssertionError(f"{len(left)} processes outlived the one that was killed by {LATEST} s")
         if saved(output) < before:
             raise AssertionError(f"a finished checkpoint was lost: {before} before, {saved(output)} after")
+        if self.local and self.draw.random() < 0.25:
+            shutil.rmtree(self.folder / "disks" / str(self.draw.randrange(self.processes)), ignore_errors=True)
         return "killed"
 
     def finish(self, output: pathlib.Path) -> None:
@@ -185,6 +193,7 @@ def main() -> int:
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--local", action="store_true", help="with copies on disks of the hosts' own")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long, between two kills")
     parser.add_argument("--sum", type=pathlib.Path, help="JSON file; default FOLDER/soak.json")
     options = parser.parse_args()
@@ -203,8 +212,9 @@ def main() -> int:
     total = {"kills": 0, "laps": 0, "lost": [], "seconds": 0.0}
     if file.exists():
         total |= json.loads(file.read_text())
-    soak = Soak(folder, options.processes, seed=total["kills"])
-    reference, output = folder / f"reference{options.processes}", folder / f"lap{options.processes}"
+    soak = Soak(folder, options.processes, local=options.local, seed=total["kills"])
+    kind = f"{options.processes}{'-local' if options.local else ''}"
+    reference, output = folder / f"reference{kind}", folder / f"lap{kind}"
     if saved(reference) < STEPS:
         soak.finish(reference)
     longest = LIVES * soak.until_saved(folder / "timed")

@@ -155,7 +155,9 @@ def read_flags(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--secret", help="a Secret whose keys become variables, HF_TOKEN say")
     parser.add_argument("--restarts", type=int, default=20, help="after preemptions (20)")
     parser.add_argument("--grace", type=int, default=120, help="seconds from SIGTERM to SIGKILL (120)")
-    parser.add_argument("--local-disk", metavar="FOLDER", help="of the machine, for checkpoint.local.path=FOLDER")
+    parser.add_argument(
+        "--local-disk", metavar="FOLDER", help="of the machine, /var/jaxtune say, for checkpoint.local.path=FOLDER"
+    )
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml|key=value")
     flags = parser.parse_intermixed_args(words)
     check_name(flags.name)

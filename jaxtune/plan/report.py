@@ -8,6 +8,7 @@ from rich.table import Table
 
 from jaxtune.cost_model.topologies import GENERATIONS
 from jaxtune.plan.costing import Plan
+from jaxtune.sharding import mesh_words
 
 GIB = 2**30
 KINDS = ("weights", "optimizer", "gradients", "activations", "temporaries", "batch")
@@ -122,7 +123,7 @@ def show(plan: Plan, console: Console) -> None:
 
 def _head(plan: Plan) -> str:
     config = plan.config
-    axes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    axes = mesh_words(plan.mesh)
     lines = [
         plan.topology.describe(),
         f"{config.model.path}: {plan.parameters:,} parameters, {plan.trained:,} of them trained "
@@ -226,7 +227,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 _FACTS: list[tuple[str, Any]] = [
     ("fits", lambda plan: "yes" if plan.fits else "NO"),
-    ("mesh", lambda plan: " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1"),
+    ("mesh", lambda plan: mesh_words(plan.mesh)),
     ("remat", lambda plan: plan.config.model.remat),
     ("rows at once", lambda plan: str(plan.config.rows_at_once)),
     ("tokens an update", lambda plan: f"{plan.tokens:,}"),

@@ -117,13 +117,13 @@ def test_preemptions_restart_all_and_errors_end_the_jobset(config):
 
 
 def test_a_folder_of_the_machine_is_there_for_local_copies(config):
-    found = jobset_of(*JOB, "--local-disk", "/mnt/copies", config, "checkpoint.local.path=/mnt/copies")
+    found = jobset_of(*JOB, "--local-disk", "/var/jaxtune", config, "checkpoint.local.path=/var/jaxtune")
     assert problems_of(found) == []
     pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     mounted = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert mounted["local-disk"] == "/mnt/copies"
-    assert volumes["local-disk"]["hostPath"] == {"path": "/mnt/copies", "type": "DirectoryOrCreate"}
+    assert mounted["local-disk"] == "/var/jaxtune"
+    assert volumes["local-disk"]["hostPath"] == {"path": "/var/jaxtune", "type": "DirectoryOrCreate"}
     refused = render("gke/render.py", *JOB, "--local-disk", "copies", config)
     assert refused.returncode == 2 and "--local-disk: found copies; expected a path from the root on" in refused.stderr
 

@@ -38,7 +38,10 @@ def _end_with_parent() -> None:
 
 
 def _become(main: str, words: Sequence[str], environment: dict[str, str], cwd: pathlib.Path, log: pathlib.Path) -> None:
-    """In a child, which has imported much and computed nothing: goes on as `python -m ...` in a shell of its own."""
+    """In a child, which has imported much and computed nothing: goes on as `python -m ...` in a shell of its own.
+
+    Variables that a library reads as it is imported (most of jax's settings) are those of the test's process.
+    """
     _end_with_parent()
     os.chdir(cwd)
     os.environ.clear()
@@ -50,6 +53,8 @@ def _become(main: str, words: Sequence[str], environment: dict[str, str], cwd: p
     module, _, function = main.partition(":")
     try:
         code = getattr(importlib.import_module(module), function)(list(words))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -34,7 +34,7 @@ class Killed:
         self.mixture, self.root, self.kept = mixture, root / "pod", root / "kept"
         self.output = self.root / "out"
         with mixture.start(self.output, *words(self.root), processes=PROCESSES, devices=1) as run:
-            run.wait_until(f"step {2 * SAVED - 1}/{STEPS}")
+            run.wait_until(f"step {2 * SAVED - 2}/{STEPS}")
             run.kill()
         self.newest = max(on_all_disks(self.root))
         assert self.newest % SAVED, "killed at a save: what storage has is as new"
@@ -64,8 +64,9 @@ def unharmed(mixture) -> pathlib.Path:
     return output
 
 
-def nothing(root):
-    pass
+def what_storage_has_is_lost(root):
+    """The disks are not: nothing is read from storage."""
+    shutil.rmtree(root / "out" / "checkpoints" / str(SAVED))
 
 
 def slice_1_is_lost(root):
@@ -91,7 +92,7 @@ def bits_of_host_1_are_flipped(root):
         tiny_runs.flip_a_bit(file)
 
 
-HARMS = [nothing, slice_1_is_lost, a_host_of_each_slice_is_lost, new_numbers_and_slice_1_lost]
+HARMS = [what_storage_has_is_lost, slice_1_is_lost, a_host_of_each_slice_is_lost, new_numbers_and_slice_1_lost]
 HARMS += [bits_of_host_1_are_flipped]
 
 
