@@ -102,6 +102,3 @@ def test_the_doctor_looks_at_the_bucket_and_leaves_nothing_there(bucket, tmp_pat
     words = (f"model.path={base}", f"data.train.0.path={data}", "data.template=plain", "train.batch_rows=8")
     assert doctor.main([*words, f"output={OUTPUT}", "--megabytes", "1"]) == 0
     assert f"output    ok       {OUTPUT}: seen by all hosts" in capsys.readouterr().out and not bucket.by_name
-    bucket.failures = 1000
-    assert doctor.main([*words, f"output={OUTPUT}", "--megabytes", "1"]) == 1
-    assert "cannot be written" in capsys.readouterr().out
