@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune import assembly, card, hosts, hub
-from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, ExportConfig
 from jaxtune.convert.folder import open_folder
 from jaxtune.convert.gguf import check, commands
@@ -26,6 +25,7 @@ from jaxtune.metrics import Terminal
 from jaxtune.models.registry import family_of
 from jaxtune.opening import TOKENIZER_FILES, Place, declare, find
 from jaxtune.run_folder import open_run_folder
+from jaxtune.saving.checkpoint import Checkpoints
 from jaxtune.sharding import make_mesh, parameter_shardings
 
 __all__ = ["check", "commands", "export", "leave_if_several", "merge"]

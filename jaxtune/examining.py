@@ -26,7 +26,7 @@ from jaxtune.convert.folder import open_folder
 from jaxtune.data.chat.templates import load_template, load_tokenizer
 from jaxtune.data.files.sources import open_source
 from jaxtune.data.planning import evaluation_tree, training_tree
-from jaxtune.local_tier import own_folder
+from jaxtune.saving.local_tier import own_folder
 
 GIB = 2**30
 CLOCK_SECONDS = 5.0  # a lock's heartbeat and the times of logs bear this much

@@ -11,14 +11,14 @@ import jax
 
 from jaxtune import agreement, hosts
 from jaxtune.batch import AnyBatch, HostBatch
-from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.data.stream import Stream
 from jaxtune.faults import Watchdog, stopping
 from jaxtune.feeding import Feed
 from jaxtune.memory import memory_explained
 from jaxtune.metrics import MetricsLog, SourceLosses, Terminal
-from jaxtune.rollbacks import Rollbacks
+from jaxtune.saving.checkpoint import Checkpoints
+from jaxtune.saving.rollbacks import Rollbacks
 from jaxtune.step import EvalSums, TrainState
 from jaxtune.watching import Done, Watcher
 

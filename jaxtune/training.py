@@ -7,7 +7,6 @@ import jax
 from flax import nnx
 
 from jaxtune import adapters, agreement, assembly, blueprint, card, choosing, hosts, hub, planned
-from jaxtune.checkpoint import Checkpoints, Patience
 from jaxtune.config import Config
 from jaxtune.convert.folder import read_config
 from jaxtune.convert.writing import check_space
@@ -18,8 +17,9 @@ from jaxtune.loop import Loop, Outcome
 from jaxtune.memory import memory_explained
 from jaxtune.metrics import MetricsLog, SilentLog, Terminal, duration
 from jaxtune.optimizer import warmup_steps
-from jaxtune.rollbacks import Rollbacks
 from jaxtune.run_folder import RunFolder, open_run_folder
+from jaxtune.saving.checkpoint import Checkpoints, Patience
+from jaxtune.saving.rollbacks import Rollbacks
 from jaxtune.sharding import create_on_mesh, make_mesh, mesh_words, use_compilation_cache
 from jaxtune.step import (
     TrainState,

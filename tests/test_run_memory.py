@@ -11,7 +11,8 @@ import tiny_runs
 CHILD = """
 import json, sys, threading, time
 import jax
-from jaxtune import assembly, blueprint, checkpoint, training
+from jaxtune import assembly, blueprint, training
+from jaxtune.saving import checkpoint
 from jaxtune.decode import decode
 
 def anonymous():

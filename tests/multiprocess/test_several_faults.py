@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 from pods import assert_close, assert_same_stream, examples
 
-from jaxtune.manifest import MANIFEST
+from jaxtune.saving.manifest import MANIFEST
 
 
 def steps_of(output):

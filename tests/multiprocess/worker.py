@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import adapters, assembly, checkpoint, loop, train
+from jaxtune import adapters, assembly, loop, train
+from jaxtune.saving import checkpoint
 
 
 def in_float64() -> None:

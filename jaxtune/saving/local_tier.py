@@ -21,9 +21,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import hosts, hub, placement
-from jaxtune.attempts import Attempts
-from jaxtune.local_copies import Copy, OnHost, copy_to_host, places_of_host, read_copy, shards_of, write_copy
-from jaxtune.local_seats import Seats, find_seats
+from jaxtune.saving.attempts import Attempts
+from jaxtune.saving.local_copies import Copy, OnHost, copy_to_host, places_of_host, read_copy, shards_of, write_copy
+from jaxtune.saving.local_seats import Seats, find_seats
 from jaxtune.sharding import mesh_words
 
 KEPT = 2  # steps: while one is being written, the one before it is whole on all disks

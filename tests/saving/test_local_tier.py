@@ -13,10 +13,11 @@ import tiny_runs
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtune import checkpoint, local_copies, local_tier, placement, training
-from jaxtune.attempts import Attempts
-from jaxtune.local_seats import Seats, find_seats
-from jaxtune.local_tier import ATTEMPTS, LocalTier
+from jaxtune import placement, training
+from jaxtune.saving import checkpoint, local_copies, local_tier
+from jaxtune.saving.attempts import Attempts
+from jaxtune.saving.local_seats import Seats, find_seats
+from jaxtune.saving.local_tier import ATTEMPTS, LocalTier
 from jaxtune.sharding import make_mesh
 
 SPECS = {
@@ -327,7 +328,8 @@ def inputs(tmp_path_factory):
 PLAIN = ("checkpoint.every_steps=100", "export.hf=false", "export.adapter=false")
 DIES_AT_4 = """
 import os, sys
-from jaxtune import local_tier, train
+from jaxtune import train
+from jaxtune.saving import local_tier
 real = local_tier.LocalTier.save
 def save(self, step, *rest):
     real(self, step, *rest)

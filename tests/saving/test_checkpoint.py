@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxtune import checkpoint
-from jaxtune.checkpoint import Checkpoints, Patience, flatten
-from jaxtune.manifest import CUT_OFF, MANIFEST, check_manifest
+from jaxtune.saving import checkpoint
+from jaxtune.saving.checkpoint import Checkpoints, Patience, flatten
+from jaxtune.saving.manifest import CUT_OFF, MANIFEST, check_manifest
 from jaxtune.sharding import make_mesh
 
 

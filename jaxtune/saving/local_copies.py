@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from jaxtune.manifest import check_manifest, write_manifest
+from jaxtune.saving.manifest import check_manifest, write_manifest
 
 _ARRAYS, _INDEX = "arrays", "index.json"
 Box = tuple[tuple[int, int], ...]  # (start, stop) of a shard along each dimension

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from jaxtune import hosts
-from jaxtune.manifest import write_aside
+from jaxtune.saving.manifest import write_aside
 
 
 class Attempt(NamedTuple):

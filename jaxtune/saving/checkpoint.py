@@ -22,8 +22,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxtune import hosts, hub
-from jaxtune.local_tier import ATTEMPTS, LocalTier
-from jaxtune.manifest import CUT_OFF, MANIFEST, Share, check_manifest, read_manifest, write_manifest, write_share
+from jaxtune.saving.local_tier import ATTEMPTS, LocalTier
+from jaxtune.saving.manifest import CUT_OFF, MANIFEST, Share, check_manifest, read_manifest, write_manifest, write_share
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
 
