@@ -34,6 +34,7 @@ def records(bucket) -> list[dict]:
     return [json.loads(line) for line in bucket.by_name["runs/mine/metrics.jsonl"].content.splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, tmp_path, monkeypatch):
     base = tiny_runs.write_model(tmp_path / "base")
     data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(40))

@@ -155,6 +155,7 @@ def test_a_preparer_killed_in_the_middle_is_gone_on_with(base, tmp_path):
     assert_complete(folder, 212)
 
 
+@pytest.mark.long
 def test_two_preparers_of_one_thing_share_the_work(base, tmp_path):
     data = tiny_runs.write_rows(tmp_path / "data.jsonl", tiny_runs.rows(800))
     these = words(base, data, tmp_path, "data.window=8")
@@ -204,6 +205,7 @@ def test_a_stream_enters_through_prepare_and_is_rows_from_then_on(base, tmp_path
 # Elsewhere.
 
 
+@pytest.mark.long
 def test_a_bucket_holds_what_hosts_share(base, data, tmp_path, capsys, monkeypatch):
     with gcs_server.serve() as (objects, variables):
         for name, value in variables.items():

@@ -58,7 +58,7 @@ def test_nothing_started_is_told_so(machine):
 
 @pytest.mark.parametrize("code", ["0", "1", "143"])
 def test_a_training_runs_on_and_its_exit_code_is_kept(machine, code):
-    assert machine.do("start", "config.yaml", "data.template=a b", LOOPS="4", CODE=code).returncode == 0
+    assert machine.do("start", "config.yaml", "data.template=a b", LOOPS="40", CODE=code).returncode == 0
     assert machine.report()[-1].startswith("jaxtune-job: running - ")
     told = machine.wait()
     assert told[1:] == [

@@ -128,7 +128,7 @@ def test_a_window_without_examples_is_kept_too():
         ({"packing": False}, {"epochs": 1.0}, {}),
         ({}, {"epochs": 1.5}, {}),
         ({}, {"steps": 9}, {}),
-        ({"workers": 2}, {"epochs": 2.0}, {}),
+        pytest.param({"workers": 2}, {"epochs": 2.0}, {}, marks=pytest.mark.long),
         ({"template": "plain"}, {"epochs": 1.0}, {"encoder_length": 64}),
         ({"template": "plain", "packing": False}, {"steps": 4}, {"encoder_length": 64}),
         ({"overlong": "split", "on_bad_row": "skip", "lanes": 2}, {"epochs": 3.0}, {"max_length": 20}),

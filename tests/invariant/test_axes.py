@@ -151,11 +151,8 @@ LONG_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "rows"),
-    [pytest.param(*p, marks=() if n == 0 else pytest.mark.long) for n, p in enumerate(LONG_ROWS)],
-    ids=str,
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("sizes", "rows"), LONG_ROWS, ids=str)
 def test_rows_of_8192_tokens_split_over_devices_give_the_update_of_one(sizes: dict, rows: int) -> None:
     """Segments of some thousand tokens cross the devices' borders, which lie at multiples of 1,024."""
     shape = (rows, 8192, (1500, 1700, 5900, 8100))

@@ -180,6 +180,7 @@ def test_evaluation_gives_the_loss_of_training(one_kind):
         assert float(sums.loss / sums.weight) == pytest.approx(torch_loss(model, pairs(5)).item(), rel=1e-5)
 
 
+@pytest.mark.long
 def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(one_kind):
     """Weights and activations rounded to 8 bits; scores and norms' statistics in float32."""
     model, ours = one_kind

@@ -341,42 +341,56 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.fixture
-def killed_at_4(inputs, tmp_path):
-    """Runs a run of 6 updates until it has copied the 4th; returns what makes its configuration, to go on."""
-    copies = (f"checkpoint.local.path={tmp_path / 'disk'}", "checkpoint.local.every_steps=2")
-    words = tiny_runs.words(*inputs, tmp_path / "out", *PLAIN, *copies)
+@pytest.fixture(scope="module")
+def left_at_4(inputs, tmp_path_factory):
+    """What a run of 6 updates left that was killed when it had copied the 4th: its output, and its host's disk."""
+    there = tmp_path_factory.mktemp("killed") / "run"
+    copies = (f"checkpoint.local.path={there / 'disk'}", "checkpoint.local.every_steps=2")
+    words = tiny_runs.words(*inputs, there / "out", *PLAIN, *copies)
     assert subprocess.run([sys.executable, "-c", DIES_AT_4, *words], capture_output=True).returncode == 9
-    assert not list((tmp_path / "out" / "checkpoints").glob("[0-9]*"))
-    return lambda *more: tiny_runs.config(*inputs, tmp_path / "out", *PLAIN, *copies, *more)
+    assert not list((there / "out" / "checkpoints").glob("[0-9]*"))
+    shutil.copytree(there, there.parent / "kept")
+    return there, copies
 
 
-def test_a_run_goes_on_from_the_copies_and_is_the_run_that_was_never_stopped(tmp_path, inputs, killed_at_4, capsys):
+@pytest.fixture
+def killed(inputs, left_at_4):
+    """(root, configuration of what goes on): each test finds what was left as it was."""
+    there, copies = left_at_4
+    shutil.rmtree(there)
+    shutil.copytree(there.parent / "kept", there)
+    return there, lambda *more: tiny_runs.config(*inputs, there / "out", *PLAIN, *copies, *more)
+
+
+def test_a_run_goes_on_from_the_copies_and_is_the_run_that_was_never_stopped(tmp_path, inputs, killed, capsys):
+    root, going_on = killed
     training.run(tiny_runs.config(*inputs, tmp_path / "whole", *PLAIN))
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate"):
-        training.run(killed_at_4("optimizer.learning_rate=0.02"))
+        training.run(going_on("optimizer.learning_rate=0.02"))
     capsys.readouterr()
-    training.run(killed_at_4())
+    training.run(going_on())
     assert "restoring step 4 from the hosts' own disks" in capsys.readouterr().out
-    assert tiny_runs.losses(tmp_path / "out") == tiny_runs.losses(tmp_path / "whole")
-    assert json.loads((tmp_path / "out" / "checkpoints" / "6" / "run" / "metadata").read_text())["step"] == 6
-    assert not list((tmp_path / "disk").rglob("arrays"))
+    assert tiny_runs.losses(root / "out") == tiny_runs.losses(tmp_path / "whole")
+    assert json.loads((root / "out" / "checkpoints" / "6" / "run" / "metadata").read_text())["step"] == 6
+    assert not list((root / "disk").rglob("arrays"))
 
 
-def test_a_state_that_is_on_a_disk_alone_is_put_into_storage_when_the_run_ends_there(tmp_path, killed_at_4):
+def test_a_state_that_is_on_a_disk_alone_is_put_into_storage_when_the_run_ends_there(killed):
     """train.steps may be lowered to where the run is."""
-    training.run(killed_at_4("train.steps=4"))
-    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("[0-9]*")] == ["4"]
-    assert not list((tmp_path / "disk").rglob("arrays"))
+    root, going_on = killed
+    training.run(going_on("train.steps=4"))
+    assert [path.name for path in (root / "out" / "checkpoints").glob("[0-9]*")] == ["4"]
+    assert not list((root / "disk").rglob("arrays"))
 
 
-def test_a_start_without_copies_makes_those_of_before_count_no_more(tmp_path, killed_at_4, capsys):
+def test_a_start_without_copies_makes_those_of_before_count_no_more(killed, capsys):
+    _, going_on = killed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Loop, "run", lambda *anything, **more: (_ for _ in ()).throw(RuntimeError("stopped")))
         with pytest.raises(RuntimeError, match="stopped"):
-            training.run(killed_at_4("checkpoint.local.path=null"))
+            training.run(going_on("checkpoint.local.path=null"))
     capsys.readouterr()
-    training.run(killed_at_4())
+    training.run(going_on())
     assert "restoring" not in capsys.readouterr().out
 
 
