@@ -95,7 +95,9 @@ def test_one_update_on_eight_devices_is_that_of_one(kind, method):
     assert_equal(update(kind, method, EIGHT), update(kind, method, ONE))
 
 
-@pytest.mark.parametrize("sizes", OVER_EXPERTS, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [OVER_EXPERTS[0], *(pytest.param(one, marks=pytest.mark.long) for one in OVER_EXPERTS[1:])], ids=str
+)
 @pytest.mark.parametrize(
     "kind",
     [

@@ -96,9 +96,8 @@ HARMS = [what_storage_has_is_lost, slice_1_is_lost, a_host_of_each_slice_is_lost
 HARMS += [bits_of_host_1_are_flipped]
 
 
-@pytest.mark.parametrize(
-    "harm", [pytest.param(one, marks=() if one is slice_1_is_lost else pytest.mark.long) for one in HARMS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("harm", HARMS)
 def test_the_run_goes_on_from_the_disks_that_are_left_to_the_bit(killed, unharmed, harm):
     harm(killed.again())
     said = killed.resume()

@@ -33,6 +33,7 @@ def test_a_signal_to_one_host_stops_all_at_one_update_saved(mixture, reference, 
     assert_close(output, reference)
 
 
+@pytest.mark.long
 def test_a_host_that_dies_ends_the_others_soon(mixture, tmp_path):
     with mixture.start(tmp_path / "out", "train.steps=500", processes=2, devices=1) as run:
         run.wait_until("step 2/500")
