@@ -81,9 +81,12 @@ class LocalTier:
         """
         disk = [socket.gethostname(), self.folder.stat().st_dev]
         own = (KEPT + 1) * sum(data.nbytes for *_, data in shards_of(named))
-        size = sum(need for where, need in hosts.gather([disk, own]) if where == disk)
+        told = hosts.gather([disk, own, str(self.folder), _size(self.folder)])
+        here = [one for one in told if one[0] == disk]
+        size = sum(need for _, need, _, _ in here)
+        have = sum({folder: there for _, _, folder, there in here}.values())  # processes may share a folder too
         with hosts.together():
-            have, free = _size(self.folder), shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(self.folder).free
             if size - have > free:
                 others = [f"{path} {_size(path) / 2**30:.1f} GiB" for path in self.folder.parent.glob("*-*")]
                 others = [line for line in others if not line.startswith(str(self.folder))]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxtune.saving import checkpoint
 from jaxtune.saving.checkpoint import Checkpoints, Patience, flatten
 from jaxtune.saving.manifest import CUT_OFF, MANIFEST, check_manifest
 from jaxtune.sharding import make_mesh
@@ -197,28 +196,15 @@ def test_every_file_but_the_manifest_is_in_it(checkpoints):
     assert set(listed) == there and all(len(entry["sha256"]) == 64 for entry in listed.values())
 
 
-def failing(times, monkeypatch):
-    """Lets the manifest's writing fail so many times, as a full disk does."""
-    left, real = [times], checkpoint.write_manifest
-
-    def write(*args, **options):
-        if left[0] > 0:
-            left[0] -= 1
-            raise OSError(28, "No space left on device")
-        real(*args, **options)
-
-    monkeypatch.setattr(checkpoint, "write_manifest", write)
-
-
 def patient(tmp_path, said, **more):
     return Checkpoints(str(tmp_path / "patient"), keep=2, patience=Patience(3, 0.01, **more), say=said.append)
 
 
-def test_a_save_that_fails_is_tried_again_with_longer_and_longer_pauses(tmp_path, monkeypatch):
+def test_a_save_that_fails_is_tried_again_with_longer_and_longer_pauses(tmp_path, failing):
     said = []
     opened = patient(tmp_path, said)
     save(opened, 1)
-    failing(2, monkeypatch)
+    failing(2)
     opened.save(2, state_of(2.0), run={"step": 2}, wait=True)
     assert said_by(opened) == (2, "")
     assert [text.rpartition(" in ")[2] for text in said] == ["0.01 s", "0.02 s"]
@@ -226,10 +212,10 @@ def test_a_save_that_fails_is_tried_again_with_longer_and_longer_pauses(tmp_path
     opened.close()
 
 
-def test_a_save_that_failed_behind_training_is_told_and_the_next_is_waited_for(tmp_path, monkeypatch):
+def test_a_save_that_failed_behind_training_is_told_and_the_next_is_waited_for(tmp_path, failing):
     said = []
     opened = patient(tmp_path, said)
-    failing(1, monkeypatch)
+    failing(1)
     opened.save(1, state_of(1.0), run={"step": 1})
     while not opened.has_failed():
         pass
@@ -238,11 +224,11 @@ def test_a_save_that_failed_behind_training_is_told_and_the_next_is_waited_for(t
     opened.close()
 
 
-def test_a_save_that_goes_on_failing_stops_with_a_word_and_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_save_that_goes_on_failing_stops_with_a_word_and_leaves_the_one_before(tmp_path, failing):
     said = []
     opened = patient(tmp_path, said)
     save(opened, 1)
-    failing(4, monkeypatch)
+    failing(4)
     with pytest.raises(ValueError, match=r"step 2 cannot be saved .* tried 4 times: .*No space left.* Step 1 is there"):
         opened.save(2, state_of(2.0), run={"step": 2}, wait=True)
     assert said_by(opened)[0] == 1

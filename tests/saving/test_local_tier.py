@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import placement, training
-from jaxtune.saving import checkpoint, local_copies, local_tier
+from jaxtune.saving import local_copies, local_tier
 from jaxtune.saving.attempts import Attempts
 from jaxtune.saving.local_seats import Seats, find_seats
 from jaxtune.saving.local_tier import ATTEMPTS, LocalTier
@@ -236,6 +236,25 @@ def test_a_disk_too_small_is_told_before_training(opened, mesh, monkeypatch):
         tier.check_room(placed(values_of(1), mesh))
 
 
+def test_what_several_processes_need_of_one_disk_is_added_up_and_what_they_have_there_counts(opened, mesh, monkeypatch):
+    """Two processes with a folder of their own each on the disk of this machine, a third on another machine's."""
+    tier, arrays = opened(), placed(values_of(1), mesh)
+    need = 3 * sum(value.nbytes for value in values_of(1).values())
+    have = [0]
+
+    def gather(value):
+        (machine, disk), *_ = value
+        return [value, [[machine, disk], need, "/other", have[0]], [["elsewhere", disk], 10 * need, "/third", 0]]
+
+    monkeypatch.setattr(local_tier.hosts, "gather", gather)
+    usage = local_tier.shutil.disk_usage("/")
+    monkeypatch.setattr(local_tier.shutil, "disk_usage", lambda path: usage._replace(free=2 * need - 1))
+    with pytest.raises(ValueError, match="GiB free"):
+        tier.check_room(arrays)
+    have[0] = 1
+    tier.check_room(arrays)
+
+
 @pytest.mark.parametrize(
     ("folder", "told"),
     [
@@ -394,19 +413,11 @@ def test_a_start_without_copies_makes_those_of_before_count_no_more(killed, caps
     assert "restoring" not in capsys.readouterr().out
 
 
-def test_a_save_that_failed_is_noticed_though_a_copy_is_made_at_every_update(tmp_path, inputs, monkeypatch, capsys):
-    real, left = checkpoint.write_manifest, [1]
-
-    def write(*args, **options):
-        if left[0] > 0:
-            left[0] -= 1
-            raise OSError(28, "No space left on device")
-        real(*args, **options)
-
-    monkeypatch.setattr(checkpoint, "write_manifest", write)
-    words = ("checkpoint.every_steps=2", "train.steps=40", f"checkpoint.local.path={tmp_path / 'disk'}")
+def test_a_save_that_failed_is_noticed_though_a_copy_is_made_at_every_update(tmp_path, inputs, failing, capsys):
+    failing(1)
+    words = ("checkpoint.every_steps=30", "train.steps=40", f"checkpoint.local.path={tmp_path / 'disk'}")
     more = ("checkpoint.local.every_steps=1", "export.hf=false", "export.adapter=false")
-    training.run(tiny_runs.config(*inputs, tmp_path / "out", *words, *more, "checkpoint.every_steps=30"))
+    training.run(tiny_runs.config(*inputs, tmp_path / "out", *words, *more))
     assert "saving step 30 failed" in capsys.readouterr().out
     saved = sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").glob("[0-9]*"))
     assert len(saved) == 2 and 30 < saved[0] < 40 and saved[1] == 40
